@@ -1,0 +1,211 @@
+"""The settings of one adapter, as saved in its `config.json`; knows nothing of weights, models or hosts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ._version import __version__
+from .errors import AdapterConfigError, SamplingParameterError
+from .types import SamplingParameters
+from .warping import check_scalars
+
+FORMAT_VERSION = 1
+ACTION_FIELDS = ("temperature", "top_k", "top_p", "min_p")
+HEADS = ("temperature", "top_p")
+POLICY_NAMES = ("heads", "static")
+MAX_CONFIG_BYTES = 1 << 20
+_MAX_WIDTH = 1 << 16
+_MAX_ACTIONS = 4096
+
+
+class AutoDecoConfig(PreTrainedConfig):
+    """
+    Settings of a decoding adapter.
+
+    Args:
+        policy (`str`, defaults to `"heads"`):
+            `"heads"`: temperature and top-p per token (AutoDeco, section 2.2). `"static"`: fixed parameters, or a
+            mixture of them, one drawn per token.
+        heads (sequence of `str`, defaults to `("temperature", "top_p")`):
+            Which heads a `"heads"` policy has; a parameter without a head is left off.
+        head_hidden_size (`int`, defaults to 256):
+            Width of a head's hidden layer.
+        use_logit_statistics (`bool`, defaults to `False`):
+            Whether the heads also see max p, entropy, variance and top-5 mass of the distribution to be sampled.
+        detach_temperature (`bool`, defaults to `False`):
+            Whether the top-p head sees the temperature without sending gradient back through it.
+        temperature_range (`tuple` of two `float`, defaults to `(0.0, 2.0)`):
+            Open interval that the temperature head's sigmoid is stretched over.
+        top_p_range (`tuple` of two `float`, defaults to `(0.0, 1.0)`):
+            The same for the top-p head.
+        actions (list of `dict`, *optional*):
+            Sampling configurations with keys among `temperature`, `top_k`, `top_p`, `min_p`; temperature 0 is greedy.
+        action_weights (list of `float`, *optional*):
+            Probability of each action in a `"static"` mixture; uniform when `None`.
+        base_model_name_or_path (`str`, *optional*): Folder or Hub id of the frozen base model.
+        base_model_revision (`str`, *optional*): Its commit.
+        hidden_size (`int`, *optional*): Width of the base's output embedding; filled in by `from_base`.
+        vocab_size (`int`, *optional*): Rows of the base's output embedding; filled in by `from_base`.
+        base_fingerprint (`str`, *optional*): Digest of the base's architecture settings.
+        format_version (`int`): Layout of the adapter's files; a newer one than this library knows is refused.
+
+    Raises:
+        [`AdapterConfigError`]: If a setting is unknown, out of range, or at odds with another.
+    """
+
+    model_type = "autodeco"
+
+    def __init__(
+        self,
+        policy: str = "heads",
+        heads: tuple[str, ...] | list[str] = HEADS,
+        head_hidden_size: int = 256,
+        use_logit_statistics: bool = False,
+        detach_temperature: bool = False,
+        temperature_range: tuple[float, float] | list[float] = (0.0, 2.0),
+        top_p_range: tuple[float, float] | list[float] = (0.0, 1.0),
+        actions: list[dict[str, float]] | None = None,
+        action_weights: list[float] | None = None,
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+        hidden_size: int | None = None,
+        vocab_size: int | None = None,
+        base_fingerprint: str | None = None,
+        format_version: int = FORMAT_VERSION,
+        library_version: str = __version__,
+        **kwargs: Any,
+    ) -> None:
+        self.policy = policy
+        self.heads = heads
+        self.head_hidden_size = head_hidden_size
+        self.use_logit_statistics = use_logit_statistics
+        self.detach_temperature = detach_temperature
+        self.temperature_range = temperature_range
+        self.top_p_range = top_p_range
+        self.actions = actions
+        self.action_weights = action_weights
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_model_revision = base_model_revision
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.base_fingerprint = base_fingerprint
+        self.format_version = format_version
+        self.library_version = library_version
+        _check(self)
+        self.heads = list(heads)
+        self.temperature_range, self.top_p_range = list(temperature_range), list(top_p_range)
+        kwargs.setdefault("architectures", ["AutoDecoForCausalLM"])
+        super().__init__(**kwargs)
+
+
+def _fail(name: str, value: object, wanted: str) -> None:
+    raise AdapterConfigError(f"`{name}` is {value!r}; it has to be {wanted}.")
+
+
+def _check(config: AutoDecoConfig) -> None:
+    version = config.format_version
+    if not _is_int(version, 1, 1 << 30):
+        _fail("format_version", version, "a positive whole number")
+    if version > FORMAT_VERSION:
+        raise AdapterConfigError(
+            f"the adapter has format_version {version} (written by hf_adaptive_decode {config.library_version}); this "
+            f"version ({__version__}) reads up to {FORMAT_VERSION}: pip install -U hf_adaptive_decode"
+        )
+    if config.policy not in POLICY_NAMES:
+        _fail("policy", config.policy, f"one of {', '.join(POLICY_NAMES)}")
+    if not _is_int(config.head_hidden_size, 1, _MAX_WIDTH):
+        _fail("head_hidden_size", config.head_hidden_size, f"a whole number from 1 to {_MAX_WIDTH}")
+    for name in ("hidden_size", "vocab_size"):
+        value = vars(config)[name]
+        if value is not None and not _is_int(value, 1, 1 << 24):
+            _fail(name, value, "a positive whole number below 2^24")
+    for name in ("use_logit_statistics", "detach_temperature"):
+        if not isinstance(vars(config)[name], bool):
+            _fail(name, vars(config)[name], "true or false")
+    for name in ("base_model_name_or_path", "base_model_revision", "base_fingerprint", "library_version"):
+        value = vars(config)[name]
+        if value is not None and not isinstance(value, str):
+            _fail(name, value, "a string")
+    _check_heads(config)
+    _check_actions(config)
+
+
+def _check_heads(config: AutoDecoConfig) -> None:
+    heads = config.heads
+    if not isinstance(heads, list | tuple) or not heads or len(set(map(str, heads))) != len(heads):
+        _fail("heads", heads, f"a list of one or both of {HEADS}, each once")
+    for head in heads:
+        if head not in HEADS:
+            _fail("heads", heads, f"a list of names among {HEADS}")
+    for name, top in (("temperature_range", 100.0), ("top_p_range", 1.0)):
+        value = vars(config)[name]
+        ok = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(v) for v in value)
+        if not ok or not 0 <= value[0] < value[1] <= top:
+            _fail(name, value, f"two numbers low < high within [0, {top:g}]")
+
+
+def _check_actions(config: AutoDecoConfig) -> None:
+    actions, weights = config.actions, config.action_weights
+    if config.policy == "static" and not actions:
+        raise AdapterConfigError(
+            'policy "static" needs `actions`, a list of at least one sampling configuration such as '
+            '[{"temperature": 0.7, "top_p": 0.9}].'
+        )
+    if actions is None:
+        return
+    if not isinstance(actions, list | tuple) or len(actions) > _MAX_ACTIONS:
+        _fail("actions", type(actions).__name__, f"a list of at most {_MAX_ACTIONS} sampling configurations")
+    for index, action in enumerate(actions):
+        if not isinstance(action, dict):
+            _fail(f"actions[{index}]", action, "a dict")
+        unknown = sorted(set(action) - set(ACTION_FIELDS))
+        if unknown:
+            _fail(f"actions[{index}]", action, f"a dict with keys among {ACTION_FIELDS}, without {unknown}")
+        try:
+            check_scalars(SamplingParameters(**action))
+        except (SamplingParameterError, TypeError) as error:
+            raise AdapterConfigError(f"actions[{index}]: {error}") from error
+    if weights is not None:
+        ok = isinstance(weights, list | tuple) and len(weights) == len(actions) and all(map(_is_number, weights))
+        if not ok or min(weights) < 0 or sum(weights) <= 0:
+            _fail("action_weights", weights, f"{len(actions)} numbers of at least 0, one an action, not all 0")
+
+
+def _is_int(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_config(path: str | os.PathLike[str]) -> AutoDecoConfig:
+    """
+    Reads an adapter's `config.json` without trusting it.
+
+    Raises:
+        [`AdapterConfigError`]: If the file is over 1 MiB, is no JSON object, is no adapter's, or holds a bad setting.
+    """
+    if os.path.getsize(path) > MAX_CONFIG_BYTES:
+        raise AdapterConfigError(f"{path} has {os.path.getsize(path)} bytes; an adapter's config has at most 1 MiB.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise AdapterConfigError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise AdapterConfigError(f"{path} holds a JSON {type(values).__name__}; an adapter's config is an object.")
+    if values.get("model_type") != AutoDecoConfig.model_type:
+        raise AdapterConfigError(
+            f"{path} has model_type {values.get('model_type')!r}; a decoding adapter's is 'autodeco'. Is this the "
+            "folder of a base model? Wrap that with `AutoDecoForCausalLM.from_base`."
+        )
+    return AutoDecoConfig.from_dict(values)
+
+
+AutoConfig.register(AutoDecoConfig.model_type, AutoDecoConfig, exist_ok=True)

@@ -1,0 +1,40 @@
+"""The library's errors, one base class for all of them; knows nothing of where they are raised."""
+
+from __future__ import annotations
+
+
+class AdaptiveDecodeError(Exception):
+    """Base class of every error this library raises on purpose."""
+
+
+class AdapterConfigError(AdaptiveDecodeError, ValueError):
+    """An adapter's settings contradict each other, name something unknown, or come from a newer format."""
+
+
+class AdapterLoadError(AdaptiveDecodeError, ValueError):
+    """An adapter's files are missing, damaged, unsafe, or made for another base model."""
+
+
+class BudgetError(AdaptiveDecodeError, ValueError):
+    """A budget is not a positive whole number of tokens or samples, or does not fit the batch."""
+
+
+class SamplingParameterError(AdaptiveDecodeError, ValueError):
+    """A sampling parameter is outside its range."""
+
+
+class LogitsError(AdaptiveDecodeError, ValueError):
+    """The model produced logits that no decoder can sample from (NaN, +inf, or nothing left to sample)."""
+
+
+class UnsupportedGenerationError(AdaptiveDecodeError, ValueError):
+    """A generation mode in which the adapter could not act as trained."""
+
+
+class MissingExtraError(AdaptiveDecodeError, ImportError):
+    """An optional dependency is not installed; the message holds the install command."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"`{package}` is needed for this and is not installed: pip install 'hf_adaptive_decode[{extra}]'"
+        )

@@ -1,0 +1,32 @@
+"""Shift-invariant statistics of logits rows; knows tensors and nothing of models or policies."""
+
+from __future__ import annotations
+
+import torch
+
+STATISTICS = ("max_probability", "entropy", "variance", "top5_mass")
+
+
+def logit_statistics(logits: torch.Tensor) -> torch.Tensor:
+    """
+    Max p, entropy −Σ p log p (nats), variance of p scaled by the vocabulary, and mass of the five most likely tokens.
+
+    The variance of the probabilities shrinks like 1/V, so it is multiplied by the number of words: then a one-hot row
+    gives (about) 1 and a flat one 0 at any vocabulary.
+
+    Args:
+        logits (`torch.Tensor` of shape `[..., V]`): Any float dtype; computed in fp32. -inf entries have p = 0.
+
+    Returns:
+        `torch.Tensor` of shape `[..., 4]`, `torch.float32`, in the order of `STATISTICS`.
+    """
+    logits = logits.float()
+    vocabulary = logits.shape[-1]
+    log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
+    p = torch.exp(logits - log_z)
+    # Σ p log p = Σ p·l − log Z; -inf·0 must count as 0.
+    finite = logits.clamp(min=torch.finfo(torch.float32).min)
+    entropy = log_z.squeeze(-1) - (p * finite).sum(-1)
+    variance = (p * p).sum(-1) - 1.0 / vocabulary
+    top = p.topk(min(5, vocabulary), dim=-1).values
+    return torch.stack([top[..., 0], entropy.clamp(min=0.0), variance.clamp(min=0.0), top.sum(-1)], dim=-1)

@@ -1,0 +1,64 @@
+"""Which base model an adapter belongs to: its name, its fingerprint, and loading it; knows nothing of policies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import AdapterLoadError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# The base model inside the package goes by this name in adapters, so that they load on any machine.
+PACKAGED_BASES = {"hf_adaptive_decode:testbed": _PACKAGE / "testbed" / "base"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# What may differ between two copies of one architecture: where it lies, who wrote it, how it runs.
+_NOT_ARCHITECTURE = {"architectures", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over the settings of the base's architecture."""
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_ARCHITECTURE and k[0] != "_"}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def base_name(model: PreTrainedModel) -> str | None:
+    """What the adapter's config should call this base; `None` for a model built in code."""
+    name = model.config.name_or_path
+    for alias, folder in PACKAGED_BASES.items():
+        if name and os.path.isdir(name) and Path(name).resolve() == folder:
+            return alias
+    return name or None
+
+
+def load_base(name: str | None, adapter: str, adapter_is_remote: bool, **kwargs: Any) -> PreTrainedModel:
+    """
+    Loads the base model that an adapter names.
+
+    Args:
+        name (`str`, *optional*): `base_model_name_or_path` of the adapter's config.
+        adapter (`str`): The adapter's folder or Hub id, for messages.
+        adapter_is_remote (`bool`): Whether the config came from the Hub; it may then name Hub ids only.
+        kwargs: For `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        [`AdapterLoadError`]: If no base is named, the name is not allowed, or the base cannot be loaded.
+    """
+    hint = "pass the base yourself: `from_pretrained(adapter, base_model=MODEL_OR_ID_OR_FOLDER)`."
+    if name is None:
+        raise AdapterLoadError(f"the adapter {adapter!r} names no base model; {hint}")
+    if name in PACKAGED_BASES:
+        return AutoModelForCausalLM.from_pretrained(PACKAGED_BASES[name], **{**kwargs, "revision": "main"})
+    if adapter_is_remote and (not _HUB_ID.fullmatch(name) or os.path.exists(name)):
+        raise AdapterLoadError(
+            f"the downloaded adapter {adapter!r} names {name!r} as its base, which is or could be a local path; {hint}"
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise AdapterLoadError(f"the base model {name!r} of adapter {adapter!r} could not be loaded; {hint}") from error

@@ -1,0 +1,84 @@
+"""Temperature and top-p heads (AutoDeco, section 2.2); knows hidden states and nothing of hosts or losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..configuration import AutoDecoConfig
+from ..features import STATISTICS, logit_statistics
+from ..types import DecodeState, SamplingParameters
+from .base import DecodingPolicy
+
+# σ(4) ≈ 0.98: a fresh top-p head cuts off almost nothing, and its sigmoid is not yet too flat to learn.
+_INITIAL_TOP_P_LOGIT = 4.0
+_INITIAL_OUTPUT_STD = 1e-3
+
+
+class Head(nn.Module):
+    """
+    A 2-layer MLP with one output: Linear, ReLU, Linear.
+
+    Args:
+        inputs (`int`): Width of the input.
+        hidden (`int`): Width of the hidden layer.
+        bias (`float`): Output of the untrained head.
+    """
+
+    def __init__(self, inputs: int, hidden: int, bias: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(inputs, hidden, dtype=torch.float32)
+        self.out = nn.Linear(hidden, 1, dtype=torch.float32)
+        nn.init.normal_(self.out.weight, std=_INITIAL_OUTPUT_STD)
+        nn.init.constant_(self.out.bias, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` `[N, inputs]` → `[N]`, in fp32 even when a host has cast the weights."""
+        up = F.relu(F.linear(x, self.up.weight.float(), self.up.bias.float()))
+        return F.linear(up, self.out.weight.float(), self.out.bias.float()).squeeze(-1)
+
+
+class HeadsPolicy(DecodingPolicy):
+    """
+    T = low + (high − low)·σ(temperature head of h), P = the same of the top-p head of [h, T] (equation 4).
+
+    With the default ranges T is in (0, 2) and P in (0, 1). A fresh policy is close to plain sampling: T = 1 and
+    P = 0.98 up to its small random output weights.
+    """
+
+    def __init__(self, config: AutoDecoConfig) -> None:
+        super().__init__(config)
+        width = int(config.hidden_size or 0) + (len(STATISTICS) if config.use_logit_statistics else 0)
+        has_temperature = "temperature" in config.heads
+        self.temperature_head = Head(width, config.head_hidden_size, 0.0) if has_temperature else None
+        # The top-p head has a place for the temperature even where no temperature head fills it: it then reads 1.
+        has_top_p = "top_p" in config.heads
+        self.top_p_head = Head(width + 1, config.head_hidden_size, _INITIAL_TOP_P_LOGIT) if has_top_p else None
+
+    @property
+    def needs_logits(self) -> bool:
+        """The heads read the logits only for their statistics."""
+        return bool(self.config.use_logit_statistics)
+
+    def forward(self, state: DecodeState) -> SamplingParameters:
+        """`temperature` and `top_p` of shape `[N]`, `torch.float32`; `None` for a head that is not there."""
+        with torch.autocast(state.hidden.device.type, enabled=False):
+            x = state.hidden.float()
+            if self.config.use_logit_statistics:
+                with torch.no_grad():
+                    x = torch.cat([x, logit_statistics(state.logits)], dim=-1)
+            temperature = None
+            if self.temperature_head is not None:
+                temperature = _stretch(self.temperature_head(x), self.config.temperature_range)
+            top_p = None
+            if self.top_p_head is not None:
+                seen = torch.ones_like(x[:, 0]) if temperature is None else temperature
+                seen = seen.detach() if self.config.detach_temperature else seen
+                top_p = _stretch(self.top_p_head(torch.cat([x, seen[:, None]], dim=-1)), self.config.top_p_range)
+        return SamplingParameters(temperature=temperature, top_p=top_p)
+
+
+def _stretch(logit: torch.Tensor, interval: list[float]) -> torch.Tensor:
+    low, high = interval
+    return low + (high - low) * torch.sigmoid(logit)

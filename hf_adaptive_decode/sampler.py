@@ -1,0 +1,154 @@
+"""Turns transformers' `(input_ids, scores)` into rows for a policy and warps the scores; knows no model classes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LogitsProcessor
+
+from .errors import AdaptiveDecodeError, LogitsError
+from .hub.store import load_adapter
+from .policies import DecodingPolicy
+from .tap import HiddenStateTap
+from .types import DecodeState, DecodingTrace, SamplingParameters
+from .warping import warp_logits
+
+
+class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
+    """
+    Samples every token as a policy says; the last of a `generate` call's processors.
+
+    [`AutoDecoForCausalLM`] makes a fresh one for each call. On an unwrapped model, use
+    [`~AdaptiveSamplerLogitsProcessor.from_pretrained`] and pass it to `generate` with `do_sample=True, top_k=0`: the
+    processor does all the warping, and transformers' own warpers, which run after it, have to be off.
+
+    Args:
+        policy ([`DecodingPolicy`]): Decides the parameters of each row.
+        read_hidden (`Callable[[], torch.Tensor]`): Gives the hidden state `[rows, H]` of the step.
+        explicit (`dict`, *optional*): Parameters that the caller fixed; they replace the policy's.
+        token_budget (`torch.Tensor` of shape `[rows]`, `torch.long`, *optional*): Token budget b of each row.
+        parallel_samples (`int`, *optional*): Parallel budget B.
+        record (`bool`, defaults to `False`): Whether to keep what was sampled with, for [`~trace`].
+
+    Raises:
+        [`LogitsError`]: If a row's scores are NaN, +inf or all -inf; names the step and the row.
+    """
+
+    def __init__(
+        self,
+        policy: DecodingPolicy,
+        read_hidden: Callable[[], torch.Tensor],
+        explicit: dict[str, float | int] | None = None,
+        token_budget: torch.Tensor | None = None,
+        parallel_samples: int | None = None,
+        record: bool = False,
+    ) -> None:
+        self.policy = policy
+        self.step = 0
+        self._read_hidden = read_hidden
+        self._explicit = explicit or {}
+        self._token_budget = token_budget
+        self._parallel_samples = parallel_samples
+        self._record = record
+        self._steps: list[SamplingParameters] = []
+
+    @classmethod
+    def from_pretrained(
+        cls, adapter: str | os.PathLike[str], model: nn.Module, **hub_kwargs: Any
+    ) -> AdaptiveSamplerLogitsProcessor:
+        """
+        Loads an adapter for use on `model`, which stays as it is but for one hook on its output embedding.
+
+        The hook lives as long as the processor; [`~close`] removes it at once.
+
+        Args:
+            adapter (`str` or `os.PathLike`): Folder or Hub id.
+            model ([`~transformers.PreTrainedModel`]): The model that will generate.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`.
+
+        Raises:
+            [`AdapterLoadError`]: If the adapter cannot be read or was made for a base of another shape.
+        """
+        policy = load_adapter(adapter, model, **hub_kwargs)
+        tap = HiddenStateTap(model).open()
+        processor = cls(policy, tap.last_position)
+        processor._tap = tap
+        return processor
+
+    _tap: HiddenStateTap | None = None
+
+    def close(self) -> None:
+        """Removes the hook that [`~from_pretrained`] set."""
+        if self._tap is not None:
+            self._tap.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores `[rows, V]` → warped scores `[rows, V]`, `torch.float32`."""
+        self._check_scores(scores)
+        hidden = self._read_hidden()
+        if hidden.shape[0] != scores.shape[0]:
+            raise AdaptiveDecodeError(
+                f"step {self.step} has scores for {scores.shape[0]} rows and hidden states for {hidden.shape[0]}; this "
+                "way of generating does not keep one hidden state a row."
+            )
+        state = DecodeState(hidden, scores, *self._budgets(scores))
+        parameters = self.policy(state).override(self._explicit)
+        self.step += 1
+        if self._record:
+            self._steps.append(parameters)
+        return warp_logits(scores, _on(parameters, scores.device))
+
+    def _budgets(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        remaining = samples = None
+        if self._token_budget is not None:
+            remaining = (self._token_budget.to(scores.device) - self.step).clamp(min=0)
+        if self._parallel_samples is not None:
+            samples = torch.full(scores.shape[:1], self._parallel_samples, device=scores.device)
+        return remaining, samples
+
+    def _check_scores(self, scores: torch.Tensor) -> None:
+        best = scores.amax(dim=-1)  # NaN and +inf show in the maximum, and so does a row with nothing left
+        good = torch.isfinite(best)
+        if not bool(good.all()):
+            row = int((~good).nonzero()[0])
+            value = best[row].item()
+            found = "NaN" if math.isnan(value) else "+inf" if value > 0 else "no token above -inf"
+            raise LogitsError(
+                f"step {self.step}, row {row}: the model's scores hold {found}. Check the model's dtype and weights, "
+                "and that its constraints leave at least one token."
+            )
+
+    def trace(self, ended: torch.Tensor) -> DecodingTrace:
+        """
+        What was sampled with at each recorded step.
+
+        Args:
+            ended (`torch.Tensor` of shape `[rows, new_tokens]`, `torch.bool`): Steps after a row's end.
+        """
+        rows, steps = ended.shape
+        recorded = self._steps[:steps]
+
+        def column(name: str, off: float) -> torch.Tensor:
+            values = [torch.as_tensor(off if (v := vars(p)[name]) is None else v) for p in recorded]
+            stacked = torch.stack([v.to(ended.device).float().expand(rows) for v in values], dim=1)
+            return stacked.masked_fill(ended, float("nan"))
+
+        action = None
+        if self.policy.has_actions:
+            action = torch.stack([p.action for p in recorded], dim=1).to(ended.device).masked_fill(ended, -1)
+        return DecodingTrace(column("temperature", 1.0), column("top_p", 1.0), action)
+
+
+def _on(parameters: SamplingParameters, device: torch.device) -> SamplingParameters:
+    """The parameters on the scores' device; the hidden state may live on another when a model is spread out."""
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(parameters).items()}
+    return SamplingParameters(**moved)

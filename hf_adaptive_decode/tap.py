@@ -1,0 +1,105 @@
+"""Reads the hidden state that enters a model's output embedding; knows nothing of policies, logits or sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .errors import AdaptiveDecodeError
+
+
+class NoOutputEmbeddingError(AdaptiveDecodeError, TypeError):
+    """The model has no output embedding, so there is no hidden state that predicts the next token."""
+
+
+def output_embedding(model: nn.Module) -> nn.Module:
+    """
+    The layer that turns hidden states into logits.
+
+    Raises:
+        [`NoOutputEmbeddingError`]: If the model has none (a headless or a classification model).
+    """
+    layer = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if layer is None:
+        raise NoOutputEmbeddingError(
+            f"{type(model).__name__} has no output embedding (`get_output_embeddings()` gives nothing); a decoding "
+            "adapter needs a causal language model, such as one from `AutoModelForCausalLM.from_pretrained`."
+        )
+    return layer
+
+
+def output_embedding_shape(model: nn.Module) -> tuple[int, int]:
+    """`(vocab_size, hidden_size)` of the output embedding; OPT's projected head, say, is narrower than its layers."""
+    layer = output_embedding(model)
+    # A quantised layer's weight is packed, but it keeps the attributes of the linear layer it replaced.
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    vocab_size, hidden_size = layer.weight.shape
+    return vocab_size, hidden_size
+
+
+class HiddenStateTap:
+    """
+    While it is open, keeps the last input of the output embedding: a forward-pre-hook, never `output_hidden_states`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to read.
+        is_listening (`Callable[[], bool]`, *optional*):
+            Asked at every forward pass; lets several taps share a model without hearing each other's passes.
+
+    Example:
+
+    ```python
+    >>> with HiddenStateTap(model) as tap:
+    ...     model(input_ids)
+    ...     hidden = tap.last_position()
+    ```
+    """
+
+    def __init__(self, model: nn.Module, is_listening: Callable[[], bool] | None = None) -> None:
+        self._layer = output_embedding(model)
+        self._is_listening = is_listening
+        self._hidden: torch.Tensor | None = None
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+
+    def open(self) -> HiddenStateTap:
+        """Sets the hook."""
+        self._handle = self._layer.register_forward_pre_hook(self._hear)
+        return self
+
+    def close(self) -> None:
+        """Removes the hook and lets the hidden state go."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._hidden = None
+
+    def __enter__(self) -> HiddenStateTap:
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _hear(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._is_listening is None or self._is_listening():
+            self._hidden = args[0]
+
+    def last_position(self) -> torch.Tensor:
+        """
+        The hidden state `[rows, H]` that predicts each row's next token, from the latest forward pass.
+
+        Raises:
+            [`AdaptiveDecodeError`]: If no forward pass has been seen since the tap was opened.
+        """
+        if self._hidden is None:
+            raise AdaptiveDecodeError(
+                "no hidden state has reached the output embedding yet: the tap has to be open, on the very model that "
+                "generates, before its forward pass."
+            )
+        return self._hidden[:, -1, :] if self._hidden.dim() == 3 else self._hidden

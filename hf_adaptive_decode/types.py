@@ -1,0 +1,114 @@
+"""The records that pass between the parts, every field with its shape; knows nothing of models, hosts or policies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+# A row is one next-token decision: a sequence of a generate batch, a position of a training batch, a request of a
+# server. N rows, H wide hidden states, V words.
+Field = torch.Tensor | float | int | None
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """
+    How to sample each row. `None` leaves a parameter off; a scalar holds for every row.
+
+    Args:
+        temperature (`torch.Tensor` of shape `[N]` or `float`, *optional*):
+            Divides the logits. 0 is greedy: only the most likely token stays.
+        top_k (`torch.Tensor` of shape `[N]`, integer, or `int`, *optional*):
+            Number of most likely tokens to keep; 0 is off.
+        top_p (`torch.Tensor` of shape `[N]` or `float`, *optional*):
+            Probability mass of the nucleus in (0, 1]; 1 is off.
+        min_p (`torch.Tensor` of shape `[N]` or `float`, *optional*):
+            Drops tokens less likely than this fraction of the most likely one; 0 is off.
+        action (`torch.Tensor` of shape `[N]`, `torch.long`, *optional*):
+            Index of the action that a finite-action policy chose; a record, without effect on the warp.
+    """
+
+    temperature: Field = None
+    top_k: Field = None
+    top_p: Field = None
+    min_p: Field = None
+    action: torch.Tensor | None = None
+
+    def override(self, explicit: dict[str, float | int]) -> SamplingParameters:
+        """The same parameters with those in `explicit` (name to scalar) put in place of the policy's."""
+        return replace(self, **explicit) if explicit else self
+
+    def select(self, rows: torch.Tensor) -> SamplingParameters:
+        """The parameters of `rows` (index or mask of shape `[M]`); scalars stay as they are."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SamplingParameters(**{k: v[rows] if is_per_row(v) else v for k, v in values.items()})
+
+
+def is_per_row(value: Any) -> bool:
+    """Whether a field of [`SamplingParameters`] holds one value a row rather than one for all."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """
+    What a policy may look at when it decides how to sample.
+
+    Args:
+        hidden (`torch.Tensor` of shape `[N, H]`):
+            Input of the model's output embedding at the position that predicts the next token, in the base's dtype.
+        logits (`torch.Tensor` of shape `[N, V]`, *optional*):
+            Logits about to be warped; policies that use logit statistics read them.
+        remaining_tokens (`torch.Tensor` of shape `[N]`, `torch.long`, *optional*):
+            Tokens a row may still generate, the next one included (b_t = b - t).
+        parallel_samples (`torch.Tensor` of shape `[N]`, `torch.long`, *optional*):
+            Samples drawn for the row's prompt (B).
+    """
+
+    hidden: torch.Tensor
+    logits: torch.Tensor | None = None
+    remaining_tokens: torch.Tensor | None = None
+    parallel_samples: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DecodingTrace:
+    """
+    What was sampled with at every step of a `generate` call. After a row has ended: NaN, and -1 for the action.
+
+    Args:
+        temperature (`torch.Tensor` of shape `[rows, new_tokens]`, `torch.float32`): Temperature; 0 is greedy.
+        top_p (`torch.Tensor` of shape `[rows, new_tokens]`, `torch.float32`): Nucleus mass; 1 is off.
+        action (`torch.Tensor` of shape `[rows, new_tokens]`, `torch.long`, *optional*):
+            Index into the policy's actions, `None` for policies without actions.
+    """
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    action: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    How much a caller is ready to spend on each prompt.
+
+    Args:
+        tokens (`int` or sequence of `int`, *optional*):
+            Token budget b: new tokens per sequence, for all prompts or one number a prompt.
+        samples (`int`, *optional*):
+            Parallel budget B: sequences per prompt.
+
+    Example:
+
+    ```python
+    >>> Budget(tokens=256, samples=8)
+    Budget(tokens=256, samples=8)
+    ```
+    """
+
+    tokens: int | Iterable[int] | torch.Tensor | None = None
+    samples: int | None = None
