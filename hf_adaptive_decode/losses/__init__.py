@@ -1,0 +1,24 @@
+"""Losses over decoding parameters, the readable and the chunked; nothing here knows a model or a trainer."""
+
+from __future__ import annotations
+
+from .chunked import CHUNK_BYTES, LOSS_TYPES, DecodingLossOutput, chunked_decoding_loss
+from .config import IGNORE_INDEX, DecodingLossConfig
+from .masking import is_easy_token, stable_mask_uniform
+from .reference import decoding_loss_reference, soft_top_p_probs
+from .rows import RowDerivatives, soft_top_p_nll
+
+__all__ = [
+    "CHUNK_BYTES",
+    "IGNORE_INDEX",
+    "LOSS_TYPES",
+    "DecodingLossConfig",
+    "DecodingLossOutput",
+    "RowDerivatives",
+    "chunked_decoding_loss",
+    "decoding_loss_reference",
+    "is_easy_token",
+    "soft_top_p_nll",
+    "soft_top_p_probs",
+    "stable_mask_uniform",
+]

@@ -1,0 +1,299 @@
+"""The decoding loss without ever holding [positions, vocabulary]; it knows no model and no policy, only functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .config import IGNORE_INDEX, DecodingLossConfig
+from .masking import is_easy_token
+from .rows import RowDerivatives, soft_top_p_nll
+
+Project = Callable[[torch.Tensor], torch.Tensor]
+Predict = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor | None, torch.Tensor | None]]
+
+# float32 bytes of one chunk's logits: some 200 positions, from where on the projection no longer gets faster.
+CHUNK_BYTES = 128 * 2**20
+
+# Rows of the first chunk when the vocabulary's size is still unknown.
+_FIRST_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class DecodingLossOutput:
+    """The loss and what a trainer logs. Sums are float64 `[]` without graph, so that processes can add them up."""
+
+    # sum_i w_i L_i / num_items, float32 [], with the graph of the policy's predictions
+    loss: torch.Tensor
+    # positions with a target
+    n_valid: int
+    # positions that carry a loss: the valid ones less the easy ones dropped altogether
+    n_kept: int
+    # easy positions that were drawn, whether they lost everything or the temperature's part
+    n_easy_dropped: int
+    # over the n_kept positions: T, T**2, P, P**2; 0 for a parameter that is not predicted
+    temperature_sum: torch.Tensor
+    temperature_square_sum: torch.Tensor
+    top_p_sum: torch.Tensor
+    top_p_square_sum: torch.Tensor
+    # over the n_kept positions, unweighted: -log softmax(l / T)_y, and -log p~_y of eq. 3
+    temperature_loss_sum: torch.Tensor
+    top_p_loss_sum: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _PositionLoss:
+    """A chunk's losses and their derivatives, each float32 `[C]`."""
+
+    value: torch.Tensor
+    d_temperature: torch.Tensor
+    d_top_p: torch.Tensor
+
+
+def _end_to_end(rows: RowDerivatives, moves_temperature: torch.Tensor, _config: DecodingLossConfig) -> _PositionLoss:
+    """`-log p~_y`, whose gradient to T is dropped where `moves_temperature` is False."""
+    return _PositionLoss(rows.loss, rows.d_temperature.where(moves_temperature, 0.0), rows.d_top_p)
+
+
+def _two_loss(rows: RowDerivatives, moves_temperature: torch.Tensor, config: DecodingLossConfig) -> _PositionLoss:
+    """`-log softmax(l / T)_y - log p~_y`; the first term is dropped where `moves_temperature` is False."""
+    value = (-rows.scaled_log_prob).where(moves_temperature, 0.0) + rows.loss
+    d_temperature = rows.scaled_d_temperature.where(moves_temperature, 0.0)
+    if not config.detach_temperature:
+        d_temperature = d_temperature + rows.d_temperature
+    return _PositionLoss(value, d_temperature, rows.d_top_p)
+
+
+LOSS_TYPES: dict[str, Callable[[RowDerivatives, torch.Tensor, DecodingLossConfig], _PositionLoss]] = {
+    "end_to_end": _end_to_end,
+    "two_loss": _two_loss,
+}
+
+
+class _KnownDerivatives(torch.autograd.Function):
+    """Gives values that were computed without autograd the derivatives that were computed along with them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: torch.Tensor,
+        _temperature: torch.Tensor | None,
+        _top_p: torch.Tensor | None,
+        d_temperature: torch.Tensor,
+        d_top_p: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(d_temperature, d_top_p)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_temperature, d_top_p = ctx.saved_tensors
+        return (
+            None,
+            grad * d_temperature if ctx.needs_input_grad[1] else None,
+            grad * d_top_p if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+        )
+
+
+class _Sums:
+    """Adds up over chunks what [`DecodingLossOutput`] reports."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        self.metrics = torch.zeros(6, device=device, dtype=torch.float64)
+        self.n_kept = 0
+        self.n_easy_dropped = 0
+
+    def add(
+        self,
+        losses: torch.Tensor,
+        temperature: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+        rows: RowDerivatives,
+    ) -> None:
+        self.loss = self.loss + losses.sum()
+        self.n_kept += losses.numel()
+        for index, predicted in enumerate((temperature, top_p)):
+            if predicted is not None:
+                wide = predicted.detach().double()
+                self.metrics[2 * index] += wide.sum()
+                self.metrics[2 * index + 1] += wide.square().sum()
+        self.metrics[4] -= rows.scaled_log_prob.double().sum()
+        self.metrics[5] += rows.loss.double().sum()
+
+
+def chunked_decoding_loss(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    predict: Predict,
+    project: Project,
+    config: DecodingLossConfig | None = None,
+    *,
+    mask_uniform: torch.Tensor | None = None,
+    num_items: int | torch.Tensor | None = None,
+    chunk_size: int | None = None,
+) -> DecodingLossOutput:
+    r"""
+    `sum_i w_i L_i / num_items` over the positions with a target, one chunk of positions in memory at a time.
+
+    `L_i` is the loss named by `config.loss_type`, `w_i` the Dynamic Fine-Tuning weight, 0 for a dropped easy position.
+    The gradient of each `L_i` with respect to T and P is computed in closed form along with its value, so the graph
+    holds the policy's own activations and two numbers a position, and `backward` touches no logits.
+
+    Args:
+        hidden (`torch.Tensor` of shape `[N, H]`): The frozen model's last hidden states.
+        targets (`torch.Tensor` of shape `[N]`, long): Each position's next token; -100 is dropped before projecting.
+        predict (`Callable`):
+            `predict(hidden [C, H], logits [C, V]) -> (temperature [C] or None, top_p [C] or None)`: the policy, called
+            with gradients enabled and with detached inputs. A `None` parameter is left alone: T = 1, or no top-p.
+        project (`Callable`): `project(hidden [C, H]) -> logits [C, V]`: the frozen output layer, called under no_grad.
+        config (`DecodingLossConfig`, *optional*): Options; the defaults are the paper's.
+        mask_uniform (`torch.Tensor` of shape `[N]`, *optional*):
+            Numbers in [0, 1); an easy position is dropped where its number is below `easy_token_mask_ratio`. See
+            [`stable_mask_uniform`]. Needed unless that ratio is 0.
+        num_items (`int` or `torch.Tensor`, *optional*):
+            What the sum is divided by: the valid targets of the whole optimiser step when gradients accumulate.
+            Defaults to this call's valid targets.
+        chunk_size (`int`, *optional*): Positions per chunk; by default as many as fit `CHUNK_BYTES` of float32 logits.
+
+    Returns:
+        [`DecodingLossOutput`]. Without any position to learn from, `loss` is a 0 that still reaches the policy's
+        parameters, so that `backward` gives zeros.
+    """
+    config = config or DecodingLossConfig()
+    _check_inputs(hidden, targets, mask_uniform, num_items, chunk_size, config)
+    valid = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    n_valid = valid.numel()
+    sums = _Sums(hidden.device)
+    start, size = 0, chunk_size or _FIRST_CHUNK
+    # Even without a valid position one empty chunk runs: it is what connects the 0 to the policy's parameters.
+    while start < n_valid or start == 0:
+        positions = valid[start : start + size]
+        logits = _project(project, hidden, positions)
+        _add_chunk(sums, hidden, targets, positions, logits, predict, mask_uniform, config)
+        start += size
+        if chunk_size is None:
+            size = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+    divisor = max(n_valid, 1) if num_items is None else num_items
+    return DecodingLossOutput(sums.loss / divisor, n_valid, sums.n_kept, sums.n_easy_dropped, *sums.metrics.unbind(0))
+
+
+def _check_inputs(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    mask_uniform: torch.Tensor | None,
+    num_items: int | torch.Tensor | None,
+    chunk_size: int | None,
+    config: DecodingLossConfig,
+) -> None:
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden must be [N, H] and targets [N]. Got {tuple(hidden.shape)} and {tuple(targets.shape)}; flatten "
+            "batch and length, and shift the labels by one first."
+        )
+    if config.easy_token_mask_ratio > 0 and mask_uniform is None:
+        raise ValueError(
+            f"easy_token_mask_ratio is {config.easy_token_mask_ratio}, so mask_uniform [N] must say which positions to "
+            "drop: pass `stable_mask_uniform(input_ids, seed)`, or set the ratio to 0."
+        )
+    if mask_uniform is not None and mask_uniform.shape != targets.shape:
+        raise ValueError(f"mask_uniform must be {tuple(targets.shape)}, like targets. Got {tuple(mask_uniform.shape)}.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None to choose it by memory. Got {chunk_size}.")
+    if isinstance(num_items, int) and num_items < 1:
+        raise ValueError(f"num_items must be at least 1. Got {num_items}.")
+
+
+@torch.no_grad()
+def _project(project: Project, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    logits = project(hidden[positions])
+    if logits.dim() != 2 or logits.shape[0] != positions.numel():
+        raise ValueError(f"project must return [{positions.numel()}, V]. Got {tuple(logits.shape)}.")
+    return logits
+
+
+def _add_chunk(
+    sums: _Sums,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    positions: torch.Tensor,
+    logits: torch.Tensor,
+    predict: Predict,
+    mask_uniform: torch.Tensor | None,
+    config: DecodingLossConfig,
+) -> None:
+    """One chunk: drop easy positions, ask the policy, and add the weighted losses with their derivatives."""
+    target = targets[positions]
+    _check_vocabulary(target, positions, logits.shape[1])
+    drawn = torch.zeros_like(target, dtype=torch.bool)
+    if config.easy_token_mask_ratio > 0 and mask_uniform is not None:
+        drawn = _drawn_easy(logits, target, mask_uniform[positions] < config.easy_token_mask_ratio)
+        sums.n_easy_dropped += int(drawn.sum())
+    if config.easy_token_mask_target == "both":  # noqa: S105
+        # Before anything else looks at these rows: a dropped position costs its projection and nothing more.
+        kept = ~drawn
+        logits, target, positions, drawn = logits[kept], target[kept], positions[kept], drawn[kept]
+
+    temperature, top_p = predict(hidden[positions].detach(), logits)
+    _check_prediction("temperature", temperature, target)
+    _check_prediction("top_p", top_p, target)
+    rows = soft_top_p_nll(
+        logits,
+        None if temperature is None else temperature.detach(),
+        None if top_p is None else top_p.detach(),
+        target,
+        config.alpha,
+        base_log_prob=config.dft_weight == "base",
+        positions=positions,
+    )
+    losses = _position_losses(rows, temperature, top_p, drawn, config)
+    sums.add(losses, temperature, top_p, rows)
+
+
+def _position_losses(
+    rows: RowDerivatives,
+    temperature: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    drawn: torch.Tensor,
+    config: DecodingLossConfig,
+) -> torch.Tensor:
+    """`w_i L_i` `[C]`, whose backward gives the known derivatives to the predictions."""
+    single = temperature is None or top_p is None
+    part = LOSS_TYPES["end_to_end" if single else config.loss_type](rows, ~drawn, config)
+    weight = torch.ones_like(part.value)
+    if config.dft_weight == "base":
+        weight = rows.base_log_prob.exp()
+    elif config.dft_weight == "scaled":
+        weight = rows.scaled_log_prob.exp()
+    losses: torch.Tensor = _KnownDerivatives.apply(  # type: ignore[no-untyped-call]
+        weight * part.value, temperature, top_p, weight * part.d_temperature, weight * part.d_top_p
+    )
+    return losses
+
+
+def _drawn_easy(logits: torch.Tensor, target: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Which rows are both drawn and easy, `[C]`; only drawn rows are looked at."""
+    chosen = drawn.nonzero().squeeze(1)
+    # A few rows at a time: the selection is a copy.
+    for rows in torch.split(chosen, 16):
+        drawn[rows] = is_easy_token(logits[rows], target[rows])
+    return drawn
+
+
+def _check_vocabulary(target: torch.Tensor, positions: torch.Tensor, vocab: int) -> None:
+    outside = (target < 0) | (target >= vocab)
+    if bool(outside.any()):
+        raise ValueError(
+            f"The target {target[outside][0].item()} at position {positions[outside][0].item()} is outside the "
+            f"vocabulary of {vocab} tokens; use {IGNORE_INDEX} for positions without a target."
+        )
+
+
+def _check_prediction(name: str, predicted: torch.Tensor | None, target: torch.Tensor) -> None:
+    if predicted is not None and predicted.shape != target.shape:
+        raise ValueError(f"predict must return {name} as {tuple(target.shape)}. Got {tuple(predicted.shape)}.")
