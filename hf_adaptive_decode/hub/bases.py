@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import AdapterLoadError
 
@@ -49,6 +49,9 @@ def load_base(name: str | None, adapter: str, adapter_is_remote: bool, **kwargs:
     Raises:
         [`AdapterLoadError`]: If no base is named, the name is not allowed, or the base cannot be loaded.
     """
+    # Not at the top: loading the Auto classes imports the module that imports this one (see `_registration`).
+    from transformers import AutoModelForCausalLM
+
     hint = "pass the base yourself: `from_pretrained(adapter, base_model=MODEL_OR_ID_OR_FOLDER)`."
     if name is None:
         raise AdapterLoadError(f"the adapter {adapter!r} names no base model; {hint}")

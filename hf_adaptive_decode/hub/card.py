@@ -50,8 +50,12 @@ Trained for this base model alone. What it learned reflects its training data; o
 def write_card(folder: str | os.PathLike[str], config: AutoDecoConfig) -> None:
     """Writes the folder's model card; an existing one keeps its text and has its metadata brought up to date."""
     path = Path(folder, CARD_FILE)
-    card = ModelCard.load(path) if path.exists() else ModelCard(_body(Path(folder).name, config))
-    card.data = _metadata(card.data, config)
+    if path.exists():
+        card = ModelCard.load(path)
+        card.data = _metadata(card.data, config)
+    else:
+        data = _metadata(ModelCardData(), config)
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(Path(folder).name, config)}")
     card.save(path)
 
 

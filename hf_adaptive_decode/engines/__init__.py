@@ -1,0 +1,1 @@
+"""Hosts that draw many completions of many prompts."""

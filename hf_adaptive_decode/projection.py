@@ -1,0 +1,96 @@
+"""A frozen model in two halves, hidden states and logits from them, so that logits never exist for a whole batch; knows
+transformers' output layers and nothing of losses or policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .errors import AdaptiveDecodeError
+from .tap import output_embedding
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+class FrozenProjection:
+    """
+    Runs a causal model up to the input of its output embedding, and its output embedding on chosen positions.
+
+    Some models change the logits behind that layer (Gemma 2 caps them, Cohere and Granite scale them). What is done is
+    read from the config and then checked against the model's own logits on every first batch.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model; it is run without gradients.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._layer = output_embedding(model)
+        self._transform: Transform | None = None
+
+    @torch.no_grad()
+    def hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """
+        One forward pass.
+
+        Args:
+            inputs: `input_ids` `[B, L]` and whatever else the model takes.
+
+        Returns:
+            `torch.Tensor` of shape `[B, L, H]`: what enters the output embedding.
+
+        Raises:
+            [`AdaptiveDecodeError`]: If the model's logits are not its output embedding's, up to a known transform.
+        """
+        seen: list[torch.Tensor] = []
+
+        def keep_all_but_compute_one(layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            seen.append(args[0])
+            return (args[0][:, -1:], *args[1:])
+
+        handle = self._layer.register_forward_pre_hook(keep_all_but_compute_one)
+        try:
+            logits = self._model(**inputs, use_cache=False).logits
+        finally:
+            handle.remove()
+        hidden = seen[-1]
+        if self._transform is None:
+            self._transform = self._find_transform(hidden[:, -1], logits[:, -1])
+        return hidden
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[C, V]` of hidden states `[C, H]`, as the model itself would give them."""
+        raw = self._layer(hidden)
+        return raw if self._transform is None else self._transform(raw)
+
+    def _find_transform(self, hidden: torch.Tensor, wanted: torch.Tensor) -> Transform:
+        raw = self._layer(hidden).float()
+        tolerance = 1e-4 if wanted.dtype == torch.float32 else 5e-2
+        for transform in _candidates(self._model):
+            scale = wanted.float().abs().amax().clamp(min=1.0)
+            if bool((transform(raw) - wanted.float()).abs().amax() <= tolerance * scale):
+                return transform
+        raise AdaptiveDecodeError(
+            f"{type(self._model).__bases__[-1].__name__} changes its logits behind the output embedding in a way this "
+            "library does not know (known: a softcap, `logit_scale`, `logits_scaling`, `lm_head_multiplier`), so the "
+            "training loss could not be computed from hidden states."
+        )
+
+
+def _candidates(model: PreTrainedModel) -> list[Transform]:
+    """What may happen to the logits behind the layer, by the settings that the model's config has."""
+    settings = model.config.get_text_config().to_dict()
+    found: list[Transform] = [lambda logits: logits]
+    cap = settings.get("final_logit_softcapping")
+    if cap:
+        found.append(lambda logits: torch.tanh(logits / cap) * cap)
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if factor := settings.get(name):
+            found.append(lambda logits, factor=factor: logits * factor)
+    if divisor := settings.get("logits_scaling"):
+        found.append(lambda logits: logits / divisor)
+    return found

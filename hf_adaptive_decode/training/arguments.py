@@ -1,0 +1,94 @@
+"""The arguments of the trainers; knows what may be set, nothing of how training runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..losses import DecodingLossConfig
+
+# AutoDeco, section 6: AdamW at 5e-6, batches of 32 sequences of up to 16,384 tokens, 400 steps.
+_PAPER = {
+    "learning_rate": 5e-6,
+    "max_steps": 400,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 32,
+    "max_length": 16384,
+    "loss_type": "end_to_end",
+    "alpha": 30.0,
+    "easy_token_mask_ratio": 0.6,
+    "easy_token_mask_target": "both",
+    "dft_weight": "base",
+}
+
+
+@dataclass
+class AutoDecoTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] and the options of the soft top-p loss.
+
+    Args:
+        max_length (`int`, *optional*, defaults to 2048):
+            Longer examples are cut at the end; `None` for no limit.
+        loss_type (`str`, defaults to `"end_to_end"`):
+            `"end_to_end"`: cross entropy on the soft top-p distribution (AutoDeco, equations 1 to 3). `"two_loss"`:
+            that plus the cross entropy of the temperature alone, the form of the released training code.
+        alpha (`float`, defaults to 30.0):
+            Steepness of the soft top-p mask (equation 2).
+        easy_token_mask_ratio (`float`, defaults to 0.6):
+            Fraction of the positions dropped whose target is already the base model's first choice.
+        easy_token_mask_target (`str`, defaults to `"both"`):
+            `"both"` drops their whole loss, `"temperature"` only what teaches the temperature.
+        dft_weight (`str`, defaults to `"base"`):
+            Dynamic Fine-Tuning weight: the target's probability under the base (`"base"`), under the predicted
+            temperature (`"scaled"`), or none (`"off"`).
+        chat_template_kwargs (`dict`, *optional*):
+            Passed to the chat template of conversational data.
+        dataset_num_proc (`int`, *optional*):
+            Processes that tokenise.
+    """
+
+    max_length: int | None = field(default=2048, metadata={"help": "Cut longer examples at the end."})
+    loss_type: str = field(default="end_to_end", metadata={"help": "end_to_end or two_loss."})
+    alpha: float = field(default=30.0, metadata={"help": "Steepness of the soft top-p mask (equation 2)."})
+    easy_token_mask_ratio: float = field(default=0.6, metadata={"help": "Fraction of easy positions to drop."})
+    easy_token_mask_target: str = field(default="both", metadata={"help": "both or temperature."})
+    dft_weight: str = field(default="base", metadata={"help": "base, scaled or off."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Passed to the chat template."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+
+    # The data is tokenised to exactly what is needed, and the base's forward takes no loss options.
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Kept off: see the trainer."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"`max_length` is {self.max_length}; it has to be at least 2 tokens, or None for no limit.")
+        self.loss_config()  # raises for a bad loss option now, not at the first step
+
+    def loss_config(self, training: bool = True) -> DecodingLossConfig:
+        """The loss's options; in evaluation no easy token is dropped, so that the number is the same every time."""
+        return DecodingLossConfig(
+            loss_type=self.loss_type,
+            alpha=self.alpha,
+            dft_weight=self.dft_weight,
+            easy_token_mask_ratio=self.easy_token_mask_ratio if training else 0.0,
+            easy_token_mask_target=self.easy_token_mask_target,
+        )
+
+    @classmethod
+    def autodeco_paper(cls, output_dir: str, **overrides: Any) -> AutoDecoTrainingArguments:
+        """
+        The settings of the AutoDeco paper (sections 2.1 and 6) for one device: 32 accumulated sequences a step.
+
+        Example:
+
+        ```python
+        >>> args = AutoDecoTrainingArguments.autodeco_paper("output", bf16=True)
+        ```
+        """
+        return cls(output_dir=output_dir, **{**_PAPER, **overrides})
