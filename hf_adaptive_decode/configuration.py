@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -167,7 +167,7 @@ def _check_actions(config: AutoDecoConfig) -> None:
         if unknown:
             _fail(f"actions[{index}]", action, f"a dict with keys among {ACTION_FIELDS}, without {unknown}")
         try:
-            check_scalars(SamplingParameters(**action))
+            check_scalars(SamplingParameters(**cast(dict[str, Any], action)))
         except (SamplingParameterError, TypeError) as error:
             raise AdapterConfigError(f"actions[{index}]: {error}") from error
     if weights is not None:
@@ -205,7 +205,8 @@ def read_config(path: str | os.PathLike[str]) -> AutoDecoConfig:
             f"{path} has model_type {values.get('model_type')!r}; a decoding adapter's is 'autodeco'. Is this the "
             "folder of a base model? Wrap that with `AutoDecoForCausalLM.from_base`."
         )
-    return AutoDecoConfig.from_dict(values)
+    config: AutoDecoConfig = AutoDecoConfig.from_dict(values)
+    return config
 
 
 AutoConfig.register(AutoDecoConfig.model_type, AutoDecoConfig, exist_ok=True)

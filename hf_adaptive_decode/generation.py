@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import LogitNormalization
+from transformers.utils import ModelOutput
 
 from .budget import ResolvedBudget
 from .errors import BudgetError, UnsupportedGenerationError
@@ -35,7 +36,7 @@ _REFUSED = {
 
 
 def requested_settings(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the caller of `generate` set, by keyword or in a `generation_config`; the model's own config is not asked."""
+    """What the caller of `generate` set, by keyword or `generation_config`; the model's own config is not asked."""
     own = {} if generation_config is None else generation_config.to_dict()
     return {name: value for name, value in {**own, **kwargs}.items() if value is not None}
 
@@ -43,6 +44,39 @@ def requested_settings(generation_config: GenerationConfig | None, kwargs: dict[
 def wants_adapter(requested: dict[str, Any]) -> bool:
     """Whether a call samples token by token: `do_sample=False` and beams are the base model's own."""
     return requested.get("do_sample", True) is not False and requested.get("num_beams", 1) == 1
+
+
+def count_prompts(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
+    """Rows of the batch before `generate` repeats them; an empty batch or prompt is refused here."""
+    found = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
+    tensors = [t for t in (inputs, *found) if isinstance(t, torch.Tensor)]
+    if not tensors:
+        return 1
+    if any(t.shape[0] == 0 for t in tensors):
+        raise BudgetError("the batch is empty (0 rows); `generate` needs at least one prompt.")
+    if all(t.dim() > 1 and t.shape[1] == 0 for t in tensors):
+        raise BudgetError("the prompts are empty (0 tokens); start them with the tokenizer's bos token.")
+    return tensors[0].shape[0]
+
+
+def budget_settings(budget: ResolvedBudget, requested: dict[str, Any]) -> dict[str, int]:
+    """The budget as transformers' own settings, `max_new_tokens` and `num_return_sequences`."""
+    limits = {}
+    if budget.longest is not None:
+        limits["max_new_tokens"] = min(budget.longest, requested.get("max_new_tokens", budget.longest))
+    if budget.samples is not None:
+        asked = requested.get("num_return_sequences", budget.samples)
+        if asked != budget.samples:
+            raise BudgetError(
+                f"`budget` asks for {budget.samples} samples and `num_return_sequences` for {asked}; pass one of them."
+            )
+        limits["num_return_sequences"] = budget.samples
+    return limits
+
+
+def count_new_tokens(output: ModelOutput, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
+    prompt = inputs if inputs is not None else kwargs.get("input_ids")
+    return int(output.sequences.shape[1]) - (0 if prompt is None else prompt.shape[1])
 
 
 class GenerationSession:
@@ -216,6 +250,6 @@ class _Remembering(StoppingCriteriaList):
         self._done = done
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        done = super().__call__(input_ids, scores, **kwargs)
+        done: torch.Tensor = super().__call__(input_ids, scores, **kwargs)
         self._done.append(done)
         return done

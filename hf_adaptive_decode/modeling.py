@@ -7,27 +7,40 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
-from .budget import ResolvedBudget, resolve_budget
+from .budget import resolve_budget
 from .configuration import AutoDecoConfig, read_config
-from .errors import AdapterConfigError, AdapterLoadError, BudgetError, UnsupportedGenerationError
-from .generation import GenerationSession, current_session, requested_settings, wants_adapter
+from .errors import AdapterConfigError, AdapterLoadError, UnsupportedGenerationError
+from .generation import (
+    GenerationSession,
+    budget_settings,
+    count_new_tokens,
+    count_prompts,
+    current_session,
+    requested_settings,
+    wants_adapter,
+)
 from .hub.bases import base_name, fingerprint, load_base
 from .hub.card import write_card
 from .hub.store import load_adapter, locate, save_adapter
 from .policies import DecodingPolicy, build_policy
-from .tap import output_embedding, output_embedding_shape
+from .tap import output_device, output_embedding_shape
 
 _HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
-class AutoDecoForCausalLM:
+if TYPE_CHECKING:  # what it is once `_attach` has put it in front of a base's class
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
+
+
+class AutoDecoForCausalLM(_Base):
     """
     A causal language model that decides for itself how each token is sampled.
 
@@ -67,7 +80,6 @@ class AutoDecoForCausalLM:
         """
         if not isinstance(base_model, torch.nn.Module):
             base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
-        base_model = cast(PreTrainedModel, base_model)
         vocab_size, hidden_size = output_embedding_shape(base_model)
         config = copy.deepcopy(config) if config is not None else AutoDecoConfig()
         for name, value in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
@@ -79,7 +91,7 @@ class AutoDecoForCausalLM:
         config.base_model_name_or_path = config.base_model_name_or_path or base_name(base_model)
         config.base_model_revision = config.base_model_revision or getattr(base_model.config, "_commit_hash", None)
         config.base_fingerprint = fingerprint(base_model)
-        policy = build_policy(config).to(output_embedding(base_model).weight.device)
+        policy = build_policy(config).to(output_device(base_model))
         return _attach(base_model, policy, config)
 
     @classmethod
@@ -121,9 +133,9 @@ class AutoDecoForCausalLM:
             base_model = load_base(settings.base_model_name_or_path, files.source, files.is_remote, **kwargs)
         elif not isinstance(base_model, torch.nn.Module):
             base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
-        policy = load_adapter(files, base_model, settings, **limit)
-        model = _attach(cast(PreTrainedModel, base_model), policy.requires_grad_(is_trainable), settings)
-        cast(PreTrainedModel, model).eval()
+        policy = load_adapter(files, cast(PreTrainedModel, base_model), settings, **limit)
+        model = _attach(base_model, policy.requires_grad_(is_trainable), settings)
+        model.eval()
         return model
 
     def save_pretrained(
@@ -145,8 +157,9 @@ class AutoDecoForCausalLM:
         if not is_main_process:
             return
         save_adapter(self.decoding_adapter, self.decoding_config, save_directory)
-        own = cast(PreTrainedModel, self).generation_config
-        tokens = {name: vars(own).get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        tokens = {
+            name: vars(self.generation_config).get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, **tokens).save_pretrained(save_directory)
         write_card(save_directory, self.decoding_config)
         if push_to_hub:
@@ -191,7 +204,7 @@ class AutoDecoForCausalLM:
         budget: Any = None,
         output_decoding_trace: bool = False,
         **kwargs: Any,
-    ) -> torch.LongTensor | ModelOutput:
+    ) -> Any:
         """
         As `generate` of the base model, but every token is sampled as the adapter decides.
 
@@ -206,18 +219,21 @@ class AutoDecoForCausalLM:
             output_decoding_trace (`bool`, defaults to `False`): With `return_dict_in_generate=True`, adds
                 `decoding_trace` ([`DecodingTrace`]) to the output.
 
+        Returns:
+            What the base model's `generate` returns: `torch.LongTensor` of sequences, or a `ModelOutput`.
+
         Raises:
             [`BudgetError`]: If the budget is no positive whole number or does not fit the batch.
             [`UnsupportedGenerationError`]: If the adapter could not act as trained in the mode asked for.
             [`LogitsError`]: If the model's logits are NaN or +inf; names step and row.
         """
         requested = requested_settings(generation_config, kwargs)
-        prompts = _count_prompts(inputs, kwargs)
-        fallback = vars(cast(PreTrainedModel, self).generation_config).get("budget")
+        prompts = count_prompts(inputs, kwargs)
+        fallback = vars(self.generation_config).get("budget")
         given = budget if budget is not None else requested.get("budget", fallback)
         resolved = resolve_budget(given, prompts)
         active = self._adapter_enabled and wants_adapter(requested)
-        settings: dict[str, Any] = _limits(resolved, requested)
+        settings: dict[str, Any] = budget_settings(resolved, requested)
         if active:
             settings["do_sample"] = True  # transformers validates several samples against it
         requested |= settings
@@ -229,30 +245,29 @@ class AutoDecoForCausalLM:
         if output_decoding_trace and not requested.get("return_dict_in_generate"):
             raise UnsupportedGenerationError("`output_decoding_trace=True` needs `return_dict_in_generate=True` too.")
         policy = self.decoding_adapter if active else None
-        model = cast(PreTrainedModel, self)
-        session = GenerationSession(model, policy, requested, resolved, prompts, output_decoding_trace)
+        session = GenerationSession(self, policy, requested, resolved, prompts, output_decoding_trace)
         with session.running():
-            output = super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
+            output = super().generate(inputs, generation_config, *args, **kwargs)
         if output_decoding_trace:
-            output["decoding_trace"] = session.trace(_new_tokens(output, inputs, kwargs))
-        return cast(ModelOutput, output)
+            output["decoding_trace"] = session.trace(count_new_tokens(output, inputs, kwargs))
+        return output
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
-        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         session = current_session()
         if session is not None:
             session.prepare_config(config)
         return config, model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         session = current_session()
         if session is None:
             return processors
         return session.add_processors(processors, generation_config, kwargs.get("input_ids_seq_length"))
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
         session = current_session()
         return criteria if session is None else session.add_criteria(criteria, generation_config)
 
@@ -268,16 +283,16 @@ class AutoDecoForCausalLM:
 
     def train(self, mode: bool = True) -> AutoDecoForCausalLM:
         """Puts the adapter in training mode; a frozen base stays in evaluation mode, so that its dropout is off."""
-        super().train(mode)  # type: ignore[misc]
+        super().train(mode)
         if mode:
-            for child in cast(PreTrainedModel, self).children():
+            for child in self.children():
                 if child is not self.decoding_adapter and not any(p.requires_grad for p in child.parameters()):
                     child.eval()
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters."""
-        parameters = list(cast(PreTrainedModel, self).parameters())
+        parameters = list(self.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def print_trainable_parameters(self) -> None:
@@ -303,43 +318,10 @@ def _attach(base: PreTrainedModel, policy: DecodingPolicy, config: AutoDecoConfi
         _ADAPTIVE_CLASSES[kind] = type("AutoDecoForCausalLM", (AutoDecoForCausalLM, kind), body)
     base.requires_grad_(False)
     base.__class__ = _ADAPTIVE_CLASSES[kind]
-    model = cast(AutoDecoForCausalLM, base)
+    model: AutoDecoForCausalLM = base
     model.decoding_adapter = policy
     model.decoding_config = config
     return model
-
-
-def _count_prompts(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
-    """Rows of the batch before `generate` repeats them; an empty batch or prompt is refused here."""
-    found = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
-    tensors = [t for t in (inputs, *found) if isinstance(t, torch.Tensor)]
-    if not tensors:
-        return 1
-    if any(t.shape[0] == 0 for t in tensors):
-        raise BudgetError("the batch is empty (0 rows); `generate` needs at least one prompt.")
-    if all(t.dim() > 1 and t.shape[1] == 0 for t in tensors):
-        raise BudgetError("the prompts are empty (0 tokens); start them with the tokenizer's bos token.")
-    return tensors[0].shape[0]
-
-
-def _limits(budget: ResolvedBudget, requested: dict[str, Any]) -> dict[str, int]:
-    """The budget as transformers' own settings, `max_new_tokens` and `num_return_sequences`."""
-    limits = {}
-    if budget.longest is not None:
-        limits["max_new_tokens"] = min(budget.longest, requested.get("max_new_tokens", budget.longest))
-    if budget.samples is not None:
-        asked = requested.get("num_return_sequences", budget.samples)
-        if asked != budget.samples:
-            raise BudgetError(
-                f"`budget` asks for {budget.samples} samples and `num_return_sequences` for {asked}; pass one of them."
-            )
-        limits["num_return_sequences"] = budget.samples
-    return limits
-
-
-def _new_tokens(output: ModelOutput, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
-    prompt = inputs if inputs is not None else kwargs.get("input_ids")
-    return int(output.sequences.shape[1]) - (0 if prompt is None else prompt.shape[1])
 
 
 AutoModelForCausalLM.register(AutoDecoConfig, AutoDecoForCausalLM, exist_ok=True)

@@ -1,5 +1,4 @@
-"""A frozen model in two halves, hidden states and logits from them, so that logits never exist for a whole batch; knows
-transformers' output layers and nothing of losses or policies."""
+"""A frozen model in two halves, so that no batch's logits exist at once; knows output layers, no losses or policies."""
 
 from __future__ import annotations
 
@@ -89,8 +88,12 @@ def _candidates(model: PreTrainedModel) -> list[Transform]:
     if cap:
         found.append(lambda logits: torch.tanh(logits / cap) * cap)
     for name in ("logit_scale", "lm_head_multiplier"):
-        if factor := settings.get(name):
-            found.append(lambda logits, factor=factor: logits * factor)
-    if divisor := settings.get("logits_scaling"):
-        found.append(lambda logits: logits / divisor)
+        if settings.get(name):
+            found.append(_times(settings[name]))
+    if settings.get("logits_scaling"):
+        found.append(_times(1 / settings["logits_scaling"]))
     return found
+
+
+def _times(factor: float) -> Transform:
+    return lambda logits: logits * factor

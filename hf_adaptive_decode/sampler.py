@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -144,7 +144,11 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
 
         action = None
         if self.policy.has_actions:
-            action = torch.stack([p.action for p in recorded], dim=1).to(ended.device).masked_fill(ended, -1)
+            action = (
+                torch.stack([cast(torch.Tensor, p.action) for p in recorded], dim=1)
+                .to(ended.device)
+                .masked_fill(ended, -1)
+            )
         return DecodingTrace(column("temperature", 1.0), column("top_p", 1.0), action)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ def output_embedding(model: nn.Module) -> nn.Module:
     Raises:
         [`NoOutputEmbeddingError`]: If the model has none (a headless or a classification model).
     """
-    layer = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    layer: nn.Module | None = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if layer is None:
         raise NoOutputEmbeddingError(
             f"{type(model).__name__} has no output embedding (`get_output_embeddings()` gives nothing); a decoding "
@@ -39,8 +39,13 @@ def output_embedding_shape(model: nn.Module) -> tuple[int, int]:
     # A quantised layer's weight is packed, but it keeps the attributes of the linear layer it replaced.
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
-    vocab_size, hidden_size = layer.weight.shape
-    return vocab_size, hidden_size
+    weight = cast(torch.Tensor, layer.weight)
+    return weight.shape[0], weight.shape[1]
+
+
+def output_device(model: nn.Module) -> torch.device:
+    """Where the output embedding lies, and so where the hidden states arrive that a policy reads."""
+    return cast(torch.Tensor, output_embedding(model).weight).device
 
 
 class HiddenStateTap:

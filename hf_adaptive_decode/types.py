@@ -37,7 +37,7 @@ class SamplingParameters:
     min_p: Field = None
     action: torch.Tensor | None = None
 
-    def override(self, explicit: dict[str, float | int]) -> SamplingParameters:
+    def override(self, explicit: dict[str, Any]) -> SamplingParameters:
         """The same parameters with those in `explicit` (name to scalar) put in place of the policy's."""
         return replace(self, **explicit) if explicit else self
 

@@ -139,8 +139,10 @@ def _top_p_threshold(
         rows = rows[~covered]
         if rows.numel() == 0:
             break
-    joined = tuple(torch.cat(parts) for parts in zip(*tied, strict=True)) if tied else None
-    return _highest(threshold, cutoff), joined
+    if not tied:
+        return _highest(threshold, cutoff), None
+    at, value, keep = (torch.cat(parts) for parts in zip(*tied, strict=True))
+    return _highest(threshold, cutoff), (at, value, keep)
 
 
 def _nucleus_edge(

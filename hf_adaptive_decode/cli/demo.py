@@ -1,4 +1,4 @@
-"""`hf-adaptive-decode demo`: learned heads on the embedded model, from training to a reloaded adapter; knows the testbed."""
+"""`hf-adaptive-decode demo`: heads on the embedded model, from training to a reloaded adapter; knows the testbed."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer.save_pretrained(adapter)
     shown = _show_reloaded(model, adapter, args)
     say = sys.stderr if args.json == "-" else sys.stdout
-    print(f"\n{args.test_problems} test problems, {args.samples} samples each, token budget {args.token_budget}, ", file=say)
-    print("in per cent with 95 % intervals over problems; gains are paired by problem:\n", file=say)
+    size = f"{args.test_problems} test problems, {args.samples} samples each, token budget {args.token_budget}"
+    print(f"\n{size};\nin per cent with 95 % intervals over problems; gains are paired by problem:\n", file=say)
     print(comparison_table(comparison), file=say)
     print(f"\nOne problem, decoded by the adapter loaded again from {adapter}:\n\n{shown}", file=say)
     seconds = time.perf_counter() - started
@@ -114,7 +114,7 @@ def _show_reloaded(model: Any, adapter: Path, args: argparse.Namespace) -> str:
     outputs = []
     for one in (model, reloaded):
         torch.manual_seed(args.seed)
-        how = {"return_dict_in_generate": True, "output_decoding_trace": True}
+        how: dict[str, Any] = {"return_dict_in_generate": True, "output_decoding_trace": True}
         outputs.append(one.generate(**inputs, budget=args.token_budget, **how))
     if not torch.equal(outputs[0].sequences, outputs[1].sequences):
         raise RuntimeError(f"the adapter in {adapter} decodes otherwise than the one that was saved.")

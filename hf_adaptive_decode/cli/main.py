@@ -1,4 +1,4 @@
-"""`hf-adaptive-decode COMMAND`: parses, runs, reports; knows each command's name and file, and loads only the one asked."""
+"""`hf-adaptive-decode COMMAND`: parses, runs, reports; knows each command's name and loads only the one asked for."""
 
 from __future__ import annotations
 

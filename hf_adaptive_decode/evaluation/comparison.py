@@ -87,7 +87,12 @@ def compare_with_baselines(
         grid (sequence of `dict`): Static settings to choose from, greedy aside.
         with_oracle (`bool`): Whether to run the whole grid on test as well.
     """
-    how = {"samples": samples, "token_budget": token_budget, "batch_rows": batch_rows, "show_progress": show_progress}
+    how: dict[str, Any] = {
+        "samples": samples,
+        "token_budget": token_budget,
+        "batch_rows": batch_rows,
+        "show_progress": show_progress,
+    }
 
     def run(decoder: Decoder, problems: Sequence[Mapping[str, Any]], shift: int) -> Outcome:
         return run_decoder(model, tokenizer, problems, reward, decoder, seed=seed + shift, **how)

@@ -74,7 +74,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 10_000
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or numbers.size == 0 or not np.isfinite(numbers).all():
-        raise ValueError(f"`values` has shape {numbers.shape}; it has to be one finite number for each of >= 1 problems.")
+        raise ValueError(f"`values` has shape {numbers.shape}; it has to be one finite number a problem.")
     # A resample is how often each problem is drawn; as counts, all resamples are one matrix product.
     counts = np.random.default_rng(seed).multinomial(numbers.size, np.full(numbers.size, 1 / numbers.size), resamples)
     means = counts @ numbers / numbers.size

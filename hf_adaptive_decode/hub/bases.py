@@ -18,7 +18,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 PACKAGED_BASES = {"hf_adaptive_decode:testbed": _PACKAGE / "testbed" / "base"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What may differ between two copies of one architecture: where it lies, who wrote it, how it runs.
-_NOT_ARCHITECTURE = {"architectures", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+_NOT_ARCHITECTURE = {"architectures", "name_or_path", "transformers_version", "dtype", "use_cache"}
 
 
 def fingerprint(model: PreTrainedModel) -> str:

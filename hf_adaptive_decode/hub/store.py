@@ -23,7 +23,7 @@ from torch import nn
 from ..configuration import AutoDecoConfig, read_config
 from ..errors import AdapterLoadError
 from ..policies import DecodingPolicy, build_policy
-from ..tap import output_embedding_shape
+from ..tap import output_device, output_embedding_shape
 from .bases import fingerprint
 
 CONFIG_FILE = "config.json"
@@ -76,7 +76,7 @@ def locate(
         config = hf_hub_download(source, CONFIG_FILE, subfolder=subfolder or None, revision=revision, **download)
         found = _COMMIT.search(config)
         commit = found.group(1) if found else revision
-        where = {"subfolder": subfolder or None, "revision": commit}
+        where: dict[str, Any] = {"subfolder": subfolder or None, "revision": commit}
         if not (download.get("local_files_only") or HF_HUB_OFFLINE):
             url = hf_hub_url(source, WEIGHTS_FILE, **where)
             size = get_hf_file_metadata(url, token=download.get("token")).size
@@ -125,7 +125,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > _MAX_HEADER_BYTES:
-                raise AdapterLoadError(f"{path}: its header claims {length} bytes; it is damaged or no safetensors file.")
+                raise AdapterLoadError(
+                    f"{path}: its header claims {length} bytes; the file is damaged or not safetensors."
+                )
             json.loads(file.read(length), object_pairs_hook=_refuse_twice)
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -175,7 +177,7 @@ def load_adapter(
     _refuse_size(f"the policy that {files.config} describes", needed, limit)
     policy = build_policy(config)
     load_into(policy, files.weights)
-    return policy.to(model.get_output_embeddings().weight.device).eval()
+    return policy.to(output_device(model)).eval()
 
 
 def load_into(policy: DecodingPolicy, weights: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -67,7 +70,7 @@ class HeadsPolicy(DecodingPolicy):
             x = state.hidden.float()
             if self.config.use_logit_statistics:
                 with torch.no_grad():
-                    x = torch.cat([x, logit_statistics(state.logits)], dim=-1)
+                    x = torch.cat([x, logit_statistics(cast(torch.Tensor, state.logits))], dim=-1)
             temperature = None
             if self.temperature_head is not None:
                 temperature = _stretch(self.temperature_head(x), self.config.temperature_range)
@@ -79,6 +82,6 @@ class HeadsPolicy(DecodingPolicy):
         return SamplingParameters(temperature=temperature, top_p=top_p)
 
 
-def _stretch(logit: torch.Tensor, interval: list[float]) -> torch.Tensor:
+def _stretch(logit: torch.Tensor, interval: Sequence[float]) -> torch.Tensor:
     low, high = interval
     return low + (high - low) * torch.sigmoid(logit)

@@ -19,6 +19,8 @@ class StaticPolicy(DecodingPolicy):
     The draw comes from torch's default generator of the hidden state's device, as sampling itself does.
     """
 
+    weights: torch.Tensor
+
     def __init__(self, config: AutoDecoConfig) -> None:
         super().__init__(config)
         for name, values in action_columns(config.actions or []).items():
@@ -53,5 +55,5 @@ def action_columns(actions: list[dict[str, float]]) -> dict[str, torch.Tensor]:
 def take_action(policy: DecodingPolicy, action: torch.Tensor) -> SamplingParameters:
     """The parameters of each row's `action` `[N]`; a parameter that is off in every action is left out."""
     columns = {name: policy.get_buffer(name) for name in ACTION_FIELDS}
-    used = {name for name in ACTION_FIELDS if any(name in a for a in policy.config.actions)}
-    return SamplingParameters(**{name: columns[name][action] for name in used}, action=action)
+    used = {name for name in ACTION_FIELDS if any(name in a for a in policy.config.actions or [])}
+    return SamplingParameters(action=action, **{name: columns[name][action] for name in used})

@@ -67,7 +67,7 @@ class AutoDecoTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"`max_length` is {self.max_length}; it has to be at least 2 tokens, or None for no limit.")
+            raise ValueError(f"`max_length` is {self.max_length}; it has to be at least 2, or None for no limit.")
         self.loss_config()  # raises for a bad loss option now, not at the first step
 
     def loss_config(self, training: bool = True) -> DecodingLossConfig:

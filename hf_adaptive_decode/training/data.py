@@ -57,7 +57,10 @@ def tokenized(
 
 def _reader(columns: list[str], tokenizer: Any, template: dict[str, Any]) -> Callable[[Example], Example]:
     if "input_ids" in columns:
-        return lambda row: {"input_ids": list(row["input_ids"]), "labels": list(row.get("labels", row["input_ids"]))}
+        return lambda row: {
+            "input_ids": list(row["input_ids"]),
+            "labels": list(row["labels"] if "labels" in columns else row["input_ids"]),
+        }
     if "prompt" in columns and "completion" in columns:
         return lambda row: _prompt_completion(row["prompt"], row["completion"], tokenizer, template)
     if "messages" in columns:

@@ -1,4 +1,4 @@
-"""Training text from the base model itself: samples solutions, keeps verified ones; knows rewards, nothing of losses."""
+"""Training text from the base model itself: samples solutions and keeps verified ones; knows nothing of losses."""
 
 from __future__ import annotations
 

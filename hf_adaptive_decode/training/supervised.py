@@ -1,4 +1,4 @@
-"""`AutoDecoTrainer`: soft top-p training of decoding heads on text; knows the Trainer and the loss, no policy's inside."""
+"""`AutoDecoTrainer`: soft top-p training of decoding heads; knows the Trainer and the loss, no policy's inside."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class AutoDecoTrainer(Trainer):
             raise UnsupportedGenerationError("`AutoDecoTrainer` runs in one process; launch it without a launcher.")
         if not isinstance(model, AutoDecoForCausalLM):
             model = AutoDecoForCausalLM.from_base(model, decoding_config)
-        base = cast(PreTrainedModel, model)
+        base: PreTrainedModel = model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base.config.name_or_path)
         prepare = {
@@ -132,7 +132,7 @@ class AutoDecoTrainer(Trainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
     ) -> torch.Tensor | int | None:
-        """Targets of the whole optimiser step; the first token of a row is predicted from nothing and does not count."""
+        """Targets of the whole optimiser step; a row's first token is predicted from nothing and does not count."""
         count = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batch_samples)
         return max(count, 1)
 
