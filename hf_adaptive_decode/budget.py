@@ -12,6 +12,8 @@ import torch
 from .errors import BudgetError
 from .types import Budget
 
+# What fits the 32-bit counters of the hosts.
+MAX_BUDGET = (1 << 31) - 1
 _WANTED = "a positive whole number of tokens, or one such number for every prompt of the batch"
 
 
@@ -83,6 +85,6 @@ def _positive_int(value: Any, name: str, wanted: str) -> int:
         number = operator.index(value)
     except TypeError:
         number = 0
-    if isinstance(value, bool) or number < 1:
-        raise BudgetError(f"`{name}` is {value!r}; it has to be {wanted}.")
+    if isinstance(value, bool) or not 1 <= number <= MAX_BUDGET:
+        raise BudgetError(f"`{name}` is {value!r}; it has to be {wanted}, at most {MAX_BUDGET}.")
     return number

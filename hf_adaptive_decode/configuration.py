@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -19,6 +20,9 @@ ACTION_FIELDS = ("temperature", "top_k", "top_p", "min_p")
 HEADS = ("temperature", "top_p")
 POLICY_NAMES = ("heads", "static")
 MAX_CONFIG_BYTES = 1 << 20
+# What transformers itself puts into a config's constructor; its other settings mean nothing for an adapter, and some
+# (a billion labels) are dangerous in a downloaded file.
+_INHERITED = {"architectures", "model_type", "transformers_version", "name_or_path"}
 _MAX_WIDTH = 1 << 16
 _MAX_ACTIONS = 4096
 
@@ -99,8 +103,12 @@ class AutoDecoConfig(PreTrainedConfig):
         _check(self)
         self.heads = list(heads)
         self.temperature_range, self.top_p_range = list(temperature_range), list(top_p_range)
-        kwargs.setdefault("architectures", ["AutoDecoForCausalLM"])
-        super().__init__(**kwargs)
+        inherited = {name: kwargs.pop(name) for name in list(kwargs) if name in _INHERITED or name.startswith("_")}
+        unknown = sorted(set(kwargs) - set(vars(PreTrainedConfig())))
+        if unknown:
+            warnings.warn(f"settings that this version does not know are dropped: {', '.join(unknown)}.", stacklevel=2)
+        inherited.setdefault("architectures", ["AutoDecoForCausalLM"])
+        super().__init__(**inherited)
 
 
 def _fail(name: str, value: object, wanted: str) -> None:
@@ -158,12 +166,12 @@ def _check_actions(config: AutoDecoConfig) -> None:
         )
     if actions is None:
         return
-    if not isinstance(actions, list | tuple) or len(actions) > _MAX_ACTIONS:
-        _fail("actions", type(actions).__name__, f"a list of at most {_MAX_ACTIONS} sampling configurations")
+    if not isinstance(actions, list | tuple) or not 1 <= len(actions) <= _MAX_ACTIONS:
+        _fail("actions", actions, f"a list of 1 to {_MAX_ACTIONS} sampling configurations")
     for index, action in enumerate(actions):
         if not isinstance(action, dict):
             _fail(f"actions[{index}]", action, "a dict")
-        unknown = sorted(set(action) - set(ACTION_FIELDS))
+        unknown = sorted(map(str, set(action) - set(ACTION_FIELDS)))
         if unknown:
             _fail(f"actions[{index}]", action, f"a dict with keys among {ACTION_FIELDS}, without {unknown}")
         try:
@@ -172,7 +180,7 @@ def _check_actions(config: AutoDecoConfig) -> None:
             raise AdapterConfigError(f"actions[{index}]: {error}") from error
     if weights is not None:
         ok = isinstance(weights, list | tuple) and len(weights) == len(actions) and all(map(_is_number, weights))
-        if not ok or min(weights) < 0 or sum(weights) <= 0:
+        if not ok or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
             _fail("action_weights", weights, f"{len(actions)} numbers of at least 0, one an action, not all 0")
 
 

@@ -22,11 +22,12 @@ def logit_statistics(logits: torch.Tensor) -> torch.Tensor:
     """
     logits = logits.float()
     vocabulary = logits.shape[-1]
-    log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-    p = torch.exp(logits - log_z)
-    # Σ p log p = Σ p·l − log Z; -inf·0 must count as 0.
-    finite = logits.clamp(min=torch.finfo(torch.float32).min)
-    entropy = log_z.squeeze(-1) - (p * finite).sum(-1)
+    # Relative to the maximum, so that logits far from zero lose no digits.
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    log_z = torch.logsumexp(shifted, dim=-1, keepdim=True)
+    p = torch.exp(shifted - log_z)
+    # −Σ p log p = log Z − Σ p·l; where p is 0 the product must be, too, even for l = -inf.
+    entropy = log_z.squeeze(-1) - (p * shifted.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
     variance = (p * p).sum(-1) - 1.0 / vocabulary
     top = p.topk(min(5, vocabulary), dim=-1).values
     return torch.stack([top[..., 0], entropy.clamp(min=0.0), variance.clamp(min=0.0), top.sum(-1)], dim=-1)

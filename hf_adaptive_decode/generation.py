@@ -18,7 +18,8 @@ from .errors import BudgetError, UnsupportedGenerationError
 from .policies import DecodingPolicy
 from .sampler import AdaptiveSamplerLogitsProcessor
 from .tap import HiddenStateTap
-from .types import DecodingTrace
+from .types import DecodingTrace, SamplingParameters
+from .warping import check_scalars
 
 _WARPED_HERE = ("temperature", "top_k", "top_p", "min_p")
 # transformers' other warpers, switched off unless the caller asked for them.
@@ -75,6 +76,7 @@ def budget_settings(budget: ResolvedBudget, requested: dict[str, Any]) -> dict[s
 
 
 def count_new_tokens(output: ModelOutput, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
+    """Tokens that a `generate` call added; with `inputs_embeds` alone its sequences hold nothing else."""
     prompt = inputs if inputs is not None else kwargs.get("input_ids")
     return int(output.sequences.shape[1]) - (0 if prompt is None else prompt.shape[1])
 
@@ -113,6 +115,9 @@ class GenerationSession:
         self._hidden: torch.Tensor | None = None
         self._done: list[torch.Tensor] = []
         self._tap = HiddenStateTap(model, is_listening=lambda: _CURRENT.get() is self) if policy is not None else None
+        self._explicit = {name: requested[name] for name in _WARPED_HERE if name in requested}
+        if policy is not None:
+            check_scalars(SamplingParameters(**self._explicit))
         self._refuse_unsupported()
 
     def _refuse_unsupported(self) -> None:
@@ -170,7 +175,7 @@ class GenerationSession:
         self._processor = AdaptiveSamplerLogitsProcessor(
             self._policy,
             self._taken,
-            explicit={name: self._requested[name] for name in _WARPED_HERE if name in self._requested},
+            explicit=self._explicit,
             token_budget=token_budget,
             parallel_samples=config.num_return_sequences or 1,
             record=self._record,
@@ -196,14 +201,15 @@ class GenerationSession:
 
     def add_criteria(self, criteria: StoppingCriteriaList, config: GenerationConfig) -> StoppingCriteriaList:
         """Stops each row at its own budget, and remembers when rows ended if a trace is wanted."""
-        budgets = self._budget.per_row(self._rows(config))
-        if budgets is not None and len(set(self._budget.tokens or ())) > 1:
+        if len(set(self._budget.tokens or ())) > 1:
+            if (config.num_beams or 1) > 1:
+                raise BudgetError("beam search ends all rows together; give it one budget for all of them.")
             if config._pad_token_tensor is None:
                 raise BudgetError(
                     "rows with different budgets end at different times, and the rest of a row is filled with the pad "
                     "token; this model has none: pass `pad_token_id=` to `generate`."
                 )
-            criteria = StoppingCriteriaList([*criteria, _RowBudget(budgets, config._eos_token_tensor)])
+            criteria = StoppingCriteriaList([*criteria, _RowBudget(self._budget, config._eos_token_tensor)])
         return _Remembering(criteria, self._done) if self._record else criteria
 
     def trace(self, new_tokens: int) -> DecodingTrace:
@@ -232,8 +238,8 @@ class _TakeHidden(LogitsProcessor):
 
 
 class _RowBudget(StoppingCriteria):
-    def __init__(self, budgets: torch.Tensor, eos_token_id: torch.Tensor | None) -> None:
-        self._budgets = budgets
+    def __init__(self, budget: ResolvedBudget, eos_token_id: torch.Tensor | None) -> None:
+        self._budget = budget
         self._prompt_length: int | None = None
         # transformers pads finished rows only if some criterion has this attribute.
         self.eos_token_id = eos_token_id
@@ -241,7 +247,8 @@ class _RowBudget(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self._prompt_length is None:
             self._prompt_length = input_ids.shape[1] - 1
-        return self._budgets.to(input_ids.device) <= input_ids.shape[1] - self._prompt_length
+        budgets = cast(torch.Tensor, self._budget.per_row(input_ids.shape[0]))
+        return budgets.to(input_ids.device) <= input_ids.shape[1] - self._prompt_length
 
 
 class _Remembering(StoppingCriteriaList):

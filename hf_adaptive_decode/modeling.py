@@ -26,7 +26,7 @@ from .generation import (
     wants_adapter,
 )
 from .hub.bases import base_name, fingerprint, load_base
-from .hub.card import write_card
+from .hub.card import CARD_FILE, make_card
 from .hub.store import load_adapter, locate, save_adapter
 from .policies import DecodingPolicy, build_policy
 from .tap import output_device, output_embedding_shape
@@ -161,7 +161,7 @@ class AutoDecoForCausalLM(_Base):
             name: vars(self.generation_config).get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
         GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, **tokens).save_pretrained(save_directory)
-        write_card(save_directory, self.decoding_config)
+        make_card(save_directory, self.decoding_config).save(os.path.join(save_directory, CARD_FILE))
         if push_to_hub:
             names = ("token", "private", "revision", "create_pr", "commit_message")
             repo_id = kwargs.get("repo_id", os.path.basename(os.path.normpath(save_directory)))
@@ -229,20 +229,21 @@ class AutoDecoForCausalLM(_Base):
         """
         requested = requested_settings(generation_config, kwargs)
         prompts = count_prompts(inputs, kwargs)
-        fallback = vars(self.generation_config).get("budget")
-        given = budget if budget is not None else requested.get("budget", fallback)
+        own = vars(self.generation_config)
+        given = budget if budget is not None else requested.get("budget", own.get("budget"))
         resolved = resolve_budget(given, prompts)
         active = self._adapter_enabled and wants_adapter(requested)
         settings: dict[str, Any] = budget_settings(resolved, requested)
         if active:
             settings["do_sample"] = True  # transformers validates several samples against it
         requested |= settings
-        if generation_config is None:
-            kwargs |= settings
-        else:
+        if generation_config is not None:
             generation_config = copy.deepcopy(generation_config)
             generation_config.update(**settings)
-        if output_decoding_trace and not requested.get("return_dict_in_generate"):
+            settings = {name: value for name, value in settings.items() if name in kwargs}
+        kwargs |= settings
+        returns_dict = requested.get("return_dict_in_generate", own.get("return_dict_in_generate"))
+        if output_decoding_trace and not returns_dict:
             raise UnsupportedGenerationError("`output_decoding_trace=True` needs `return_dict_in_generate=True` too.")
         policy = self.decoding_adapter if active else None
         session = GenerationSession(self, policy, requested, resolved, prompts, output_decoding_trace)
@@ -258,6 +259,23 @@ class AutoDecoForCausalLM(_Base):
         if session is not None:
             session.prepare_config(config)
         return config, model_kwargs
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching, with the adapter disabled; it offers no hidden states for an adapter to read."""
+        self._refuse_continuous_batching()
+        return super().generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`~AutoDecoForCausalLM.generate_batch`]."""
+        self._refuse_continuous_batching()
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _refuse_continuous_batching(self) -> None:
+        if self._adapter_enabled:
+            raise UnsupportedGenerationError(
+                "continuous batching does not go with an active decoding adapter; use `generate`, or the base model's "
+                "own sampling: `with model.disable_adapter(): ...`."
+            )
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
@@ -319,6 +337,11 @@ def _attach(base: PreTrainedModel, policy: DecodingPolicy, config: AutoDecoConfi
     base.requires_grad_(False)
     base.__class__ = _ADAPTIVE_CLASSES[kind]
     model: AutoDecoForCausalLM = base
+    # A pipeline puts a temperature of its own where the model's config names none, and generate could not tell it from
+    # the user's. The base's own object stays as it is.
+    model.generation_config = copy.deepcopy(base.generation_config)
+    if model.generation_config.temperature is None:
+        model.generation_config.temperature = 1.0
     model.decoding_adapter = policy
     model.decoding_config = config
     return model

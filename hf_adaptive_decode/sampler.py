@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-from .errors import AdaptiveDecodeError, LogitsError
+from .errors import AdaptiveDecodeError, LogitsError, UnsupportedGenerationError
 from .hub.store import load_adapter
 from .policies import DecodingPolicy
 from .tap import HiddenStateTap
@@ -56,6 +56,8 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         self._parallel_samples = parallel_samples
         self._record = record
         self._steps: list[SamplingParameters] = []
+        self._tap: HiddenStateTap | None = None
+        self._last_length = -1
 
     @classmethod
     def from_pretrained(
@@ -80,8 +82,6 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         processor._tap = tap
         return processor
 
-    _tap: HiddenStateTap | None = None
-
     def close(self) -> None:
         """Removes the hook that [`~from_pretrained`] set."""
         if self._tap is not None:
@@ -94,6 +94,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores `[rows, V]` → warped scores `[rows, V]`, `torch.float32`."""
         self._check_scores(scores)
+        self._check_passes(input_ids)
         hidden = self._read_hidden()
         if hidden.shape[0] != scores.shape[0]:
             raise AdaptiveDecodeError(
@@ -102,6 +103,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
             )
         state = DecodeState(hidden, scores, *self._budgets(scores))
         parameters = self.policy(state).override(self._explicit)
+        _check_parameters(parameters, self.step)
         self.step += 1
         if self._record:
             self._steps.append(parameters)
@@ -127,6 +129,18 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
                 "and that its constraints leave at least one token."
             )
 
+    def _check_passes(self, input_ids: torch.Tensor) -> None:
+        """On an unwrapped model, where the hook is all there is: whose forward pass was heard last?"""
+        if self._tap is None:
+            return
+        passes, length = self._tap.count_passes(), input_ids.shape[1]
+        if passes > 1 and length == self._last_length + 1:
+            raise UnsupportedGenerationError(
+                f"the model ran {passes} times for one token (guidance and assisted generation do), so the hidden "
+                "state may be another pass's; wrap the model with `AutoDecoForCausalLM.from_pretrained` instead."
+            )
+        self._last_length = length
+
     def trace(self, ended: torch.Tensor) -> DecodingTrace:
         """
         What was sampled with at each recorded step.
@@ -150,6 +164,17 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
                 .masked_fill(ended, -1)
             )
         return DecodingTrace(column("temperature", 1.0), column("top_p", 1.0), action)
+
+
+def _check_parameters(parameters: SamplingParameters, step: int) -> None:
+    for name in ("temperature", "top_p"):
+        values = vars(parameters)[name]
+        if isinstance(values, torch.Tensor) and not bool(torch.isfinite(values).all()):
+            row = int((~torch.isfinite(values)).nonzero()[0])
+            raise LogitsError(
+                f"step {step}, row {row}: the policy gave {values[row].item()} as {name}. Its weights, or the hidden "
+                "states of this base model, are out of range; load the adapter on the base it was trained on."
+            )
 
 
 def _on(parameters: SamplingParameters, device: torch.device) -> SamplingParameters:

@@ -70,6 +70,7 @@ class HiddenStateTap:
         self._layer = output_embedding(model)
         self._is_listening = is_listening
         self._hidden: torch.Tensor | None = None
+        self._passes = 0
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     def open(self) -> HiddenStateTap:
@@ -94,6 +95,12 @@ class HiddenStateTap:
     def _hear(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if self._is_listening is None or self._is_listening():
             self._hidden = args[0]
+            self._passes += 1
+
+    def count_passes(self) -> int:
+        """Forward passes heard since this was last asked."""
+        passes, self._passes = self._passes, 0
+        return passes
 
     def last_position(self) -> torch.Tensor:
         """

@@ -9,9 +9,12 @@ from .types import Field, SamplingParameters, is_per_row
 
 # Below this a temperature is as good as greedy (a gap of 1e-4 becomes e^-100) and dividing by it could overflow.
 MIN_TEMPERATURE = 1e-6
+# Above this every finite row is flat, and beyond fp32 a row would become NaN.
+MAX_TEMPERATURE = 1e6
 # A nucleus is looked for among this many most likely tokens, then among more, then by a full sort.
 _NUCLEUS_STAGES = (128, 2048)
 _NEVER = -float("inf")
+_MAX_TOP_K = 1 << 31
 
 
 def warp_logits(logits: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
@@ -44,9 +47,9 @@ def warp_logits(logits: torch.Tensor, parameters: SamplingParameters) -> torch.T
     greedy = None
     temperature = parameters.temperature
     if temperature is not None and not _is_scalar(temperature, 1.0):
-        t = _column(temperature, scores)
+        t = _column(temperature, scores).nan_to_num(nan=1.0)
         greedy = t <= 0
-        scores = scores / t.clamp(min=MIN_TEMPERATURE)
+        scores = scores / t.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
     threshold = _top_k_threshold(scores, parameters.top_k)
     threshold, ties = _top_p_threshold(scores, parameters.top_p, threshold, greedy)
     if parameters.min_p is not None and not _is_scalar(parameters.min_p, 0):
@@ -65,7 +68,7 @@ def check_scalars(parameters: SamplingParameters) -> None:
     """Raises [`SamplingParameterError`] if a parameter given as a Python number is outside its range."""
     allowed = {
         "temperature": (lambda v: 0 <= v < float("inf"), "a finite number of at least 0 (0 is greedy)"),
-        "top_k": (lambda v: v >= 0 and v == int(v), "a whole number of at least 0 (0 is off)"),
+        "top_k": (lambda v: 0 <= v < _MAX_TOP_K and v == int(v), "a whole number from 0 (off) to 2^31 - 1"),
         "top_p": (lambda v: 0 <= v <= 1, "between 0 and 1 (1 is off)"),
         "min_p": (lambda v: 0 <= v <= 1, "between 0 and 1 (0 is off)"),
     }

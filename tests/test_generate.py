@@ -502,13 +502,19 @@ def test_rows_of_different_budgets_without_a_pad_token_are_refused(model):
 
 @pytest.mark.parametrize(
     "mode",
-    [{"do_sample": False}, {"num_return_sequences": 2}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}],
+    [{}, {"do_sample": False}, {"num_return_sequences": 2}],
     ids=str,
 )
 def test_row_budgets_hold_in_every_mode(model, mode):
     found = sample(model, prompts(2, 5), budget=[2, 6], **ENDLESS, bad_words_ids=[[PAD]], **mode)
     copies = mode.get("num_return_sequences", 1)
     assert (found[:, 5:] != PAD).sum(1).tolist() == [2] * copies + [6] * copies
+
+
+def test_beam_search_takes_one_budget_for_all_rows(model):
+    assert model.generate(prompts(2, 5), budget=[3, 3], num_beams=2, **ENDLESS).shape == (2, 8)
+    with pytest.raises(BudgetError, match="one budget"):
+        model.generate(prompts(2, 5), budget=[2, 6], num_beams=2)
 
 
 def test_row_budgets_hold_for_left_padded_prompts_and_embeddings(model):

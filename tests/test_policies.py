@@ -348,7 +348,7 @@ BAD_SETTINGS = [
     {"actions": [GREEDY, WARM], "action_weights": [math.inf, 1.0]},
     {"actions": [GREEDY, WARM], "action_weights": ["1", "2"]},
     {"actions": [GREEDY, WARM], "action_weights": 1.0},
-    {"actions": [], "action_weights": []},
+    {"action_weights": [], "actions": []},
 ]
 
 

@@ -64,13 +64,10 @@ def compare_with_baselines(
     reward: Reward,
     *,
     ks: tuple[int, ...] = (1, 8),
-    samples: int = 8,
-    token_budget: int = 256,
     grid: Sequence[dict[str, float]] = STATIC_GRID,
     with_oracle: bool = True,
     seed: int = 0,
-    batch_rows: int = 256,
-    show_progress: bool = True,
+    **how: Any,
 ) -> Comparison:
     """
     The adapter against greedy, default sampling, the best static chosen on validation (for each k), the oracle static
@@ -82,17 +79,10 @@ def compare_with_baselines(
         validation, test (sequences of mappings): Problems; statics and MeanShift are chosen on the first.
         reward (`Callable`): In TRL's signature.
         ks (tuple of `int`): For which k to report pass@k.
-        samples (`int`): Completions of each problem; at least the largest k.
-        token_budget, seed, batch_rows, show_progress: As [`run_decoder`] takes them.
         grid (sequence of `dict`): Static settings to choose from, greedy aside.
         with_oracle (`bool`): Whether to run the whole grid on test as well.
+        seed, how: As [`run_decoder`] takes them; `samples` has to be at least the largest k.
     """
-    how: dict[str, Any] = {
-        "samples": samples,
-        "token_budget": token_budget,
-        "batch_rows": batch_rows,
-        "show_progress": show_progress,
-    }
 
     def run(decoder: Decoder, problems: Sequence[Mapping[str, Any]], shift: int) -> Outcome:
         return run_decoder(model, tokenizer, problems, reward, decoder, seed=seed + shift, **how)

@@ -6,9 +6,11 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import CardData, ModelCard, ModelCardData
 
 from ..configuration import AutoDecoConfig
+from ..errors import AdapterConfigError
 
 CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -47,23 +49,32 @@ Trained for this base model alone. What it learned reflects its training data; o
 """
 
 
-def write_card(folder: str | os.PathLike[str], config: AutoDecoConfig) -> None:
-    """Writes the folder's model card; an existing one keeps its text and has its metadata brought up to date."""
+def make_card(folder: str | os.PathLike[str], config: AutoDecoConfig) -> ModelCard:
+    """
+    The card for an adapter folder; an existing one keeps its text and has its metadata brought up to date.
+
+    Raises:
+        [`AdapterConfigError`]: If the folder's README.md has metadata that cannot be read.
+    """
     path = Path(folder, CARD_FILE)
     if path.exists():
-        card = ModelCard.load(path)
+        try:
+            card: ModelCard = ModelCard.load(path)
+        except (ValueError, yaml.YAMLError) as error:
+            raise AdapterConfigError(
+                f"the metadata of {path} cannot be read; mend or remove the file: {error}"
+            ) from error
         card.data = _metadata(card.data, config)
-    else:
-        data = _metadata(ModelCardData(), config)
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(Path(folder).name, config)}")
-    card.save(path)
+        return card
+    data = _metadata(ModelCardData(), config)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(Path(folder).name, config)}")
 
 
-def _metadata(data: ModelCardData, config: AutoDecoConfig) -> ModelCardData:
+def _metadata(data: CardData, config: AutoDecoConfig) -> ModelCardData:
     ours = {
         "library_name": "hf_adaptive_decode",
         "pipeline_tag": "text-generation",
-        "tags": sorted({*(data.tags or []), "adaptive-decoding", f"adaptive-decoding-{config.policy}"}),
+        "tags": sorted({*(data.to_dict().get("tags") or []), "adaptive-decoding", f"adaptive-decoding-{config.policy}"}),
     }
     base = config.base_model_name_or_path
     if base is not None and _HUB_ID.fullmatch(base):

@@ -31,6 +31,7 @@ WEIGHTS_FILE = "model.safetensors"
 # 64 MiB hold the heads of a 30,000 wide model; more is a mistake or an attack.
 MAX_WEIGHT_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 1 << 20
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _COMMIT = re.compile(r"snapshots[/\\]([0-9a-f]{40})[/\\]")
 
@@ -128,25 +129,26 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
                 raise AdapterLoadError(
                     f"{path}: its header claims {length} bytes; the file is damaged or not safetensors."
                 )
-            json.loads(file.read(length), object_pairs_hook=_refuse_twice)
+            json.loads(file.read(length), object_pairs_hook=lambda pairs: _refuse_twice(path, pairs))
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, AdapterLoadError):
             raise
         raise AdapterLoadError(f"{path} is damaged or no safetensors file: {error}") from error
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterLoadError(f"{path}: {name} has dtype {tensor.dtype}; an adapter's tensors are floating point.")
-        if not torch.isfinite(tensor).all():
+        if tensor.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise AdapterLoadError(f"{path}: {name} has dtype {tensor.dtype}; an adapter's tensors are {allowed}.")
+        if not torch.isfinite(tensor.float()).all():
             raise AdapterLoadError(f"{path}: {name} holds NaN or infinite values; the adapter is unusable.")
     return tensors
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_twice(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
-        raise AdapterLoadError(f"the safetensors header names {', '.join(twice)} more than once.")
+        raise AdapterLoadError(f"{path}: its header names {', '.join(twice)} more than once.")
     return dict(pairs)
 
 
@@ -234,6 +236,6 @@ def save_adapter(policy: DecodingPolicy, config: AutoDecoConfig, folder: str | o
             raise AdapterLoadError(f"{name} holds NaN or infinite values; the adapter is not worth saving.")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         save_file(tensors, Path(staging, WEIGHTS_FILE), metadata={"format": "pt"})
-        Path(staging, CONFIG_FILE).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        Path(staging, CONFIG_FILE).write_text(config.to_json_string(), encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(staging, name), Path(folder, name))

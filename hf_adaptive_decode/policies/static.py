@@ -26,6 +26,7 @@ class StaticPolicy(DecodingPolicy):
         for name, values in action_columns(config.actions or []).items():
             self.register_buffer(name, values, persistent=False)
         weights = config.action_weights or [1.0] * len(config.actions or [])
+        weights = [weight / sum(weights) for weight in weights]  # in double precision: fp32 may hold less
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
 
     @property
