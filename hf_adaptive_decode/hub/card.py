@@ -71,11 +71,8 @@ def make_card(folder: str | os.PathLike[str], config: AutoDecoConfig) -> ModelCa
 
 
 def _metadata(data: CardData, config: AutoDecoConfig) -> ModelCardData:
-    ours = {
-        "library_name": "hf_adaptive_decode",
-        "pipeline_tag": "text-generation",
-        "tags": sorted({*(data.to_dict().get("tags") or []), "adaptive-decoding", f"adaptive-decoding-{config.policy}"}),
-    }
+    tags = {*(data.to_dict().get("tags") or []), "adaptive-decoding", f"adaptive-decoding-{config.policy}"}
+    ours = {"library_name": "hf_adaptive_decode", "pipeline_tag": "text-generation", "tags": sorted(tags)}
     base = config.base_model_name_or_path
     if base is not None and _HUB_ID.fullmatch(base):
         ours |= {"base_model": base, "base_model_relation": "adapter"}
