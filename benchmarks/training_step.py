@@ -31,29 +31,29 @@ from transformers import Qwen3Config, Qwen3Model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hf_adaptive_decode import AutoDecoConfig, DecodeState
 from hf_adaptive_decode.losses import DecodingLossConfig, chunked_decoding_loss
+from hf_adaptive_decode.policies import HeadsPolicy
 
 # What (a) and (b) compare is the loss of every position, so that both sides do the same work.
 EVERY_POSITION = DecodingLossConfig(dft_weight="off", easy_token_mask_ratio=0.0)
 
 
 class Heads(torch.nn.Module):
-    """Two MLPs hidden -> 256 -> 1; T starts near 0.9 and P near 0.9, where trained heads are found."""
+    """The library's heads, with T around 0.9 and P around 0.9, where trained heads are found."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.temperature = torch.nn.Sequential(torch.nn.Linear(hidden, 256), torch.nn.GELU(), torch.nn.Linear(256, 1))
-        self.top_p = torch.nn.Sequential(torch.nn.Linear(hidden + 1, 256), torch.nn.GELU(), torch.nn.Linear(256, 1))
-        for head, bias in ((self.temperature, -0.2), (self.top_p, 2.2)):
-            torch.nn.init.normal_(head[2].weight, std=0.01)
-            torch.nn.init.constant_(head[2].bias, bias)
+        self.policy = HeadsPolicy(AutoDecoConfig(hidden_size=hidden))
+        for head, bias in ((self.policy.temperature_head, -0.2), (self.policy.top_p_head, 2.2)):
+            torch.nn.init.normal_(head.out.weight, std=0.01)
+            torch.nn.init.constant_(head.out.bias, bias)
 
     def forward(self, hidden: torch.Tensor, _logits: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """T and P `[N]` each, from hidden states brought to unit size, as a final norm would leave them."""
         hidden = torch.nn.functional.normalize(hidden.float(), dim=-1) * math.sqrt(hidden.shape[-1])
-        temperature = 2 * torch.sigmoid(self.temperature(hidden))
-        top_p = torch.sigmoid(self.top_p(torch.cat([hidden, temperature], dim=-1)))
-        return temperature.squeeze(-1), top_p.squeeze(-1)
+        parameters = self.policy(DecodeState(hidden))
+        return parameters.temperature, parameters.top_p
 
 
 def realistic_scales(tokens: int, shape: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..budget import resolve_budget
 from ..modeling import AutoDecoForCausalLM
 from ..types import Budget
 from .base import Completion
@@ -44,9 +45,13 @@ def complete(
         batch_rows (`int`): Sequences decoded at once.
         description (`str`, *optional*): Shows a progress bar under this name.
 
+    Raises:
+        [`BudgetError`]: If `samples` or `token_budget` is not a positive whole number.
+
     Returns:
         A list of `samples` [`Completion`] for each prompt, in the order of `prompts`.
     """
+    resolve_budget(Budget(tokens=token_budget, samples=samples), prompts=1)
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     # Prompts of like length go together, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from ..configuration import AutoDecoConfig
-from ..errors import UnsupportedGenerationError
+from ..errors import AdaptiveDecodeError
 from ..hub.store import WEIGHTS_FILE, load_into
 from ..losses import IGNORE_INDEX, DecodingLossOutput, chunked_decoding_loss, stable_mask_uniform
 from ..modeling import AutoDecoForCausalLM
@@ -56,7 +56,9 @@ class AutoDecoTrainer(Trainer):
     ) -> None:
         args = args or AutoDecoTrainingArguments(output_dir="autodeco_output")
         if args.world_size > 1:
-            raise UnsupportedGenerationError("`AutoDecoTrainer` runs in one process; launch it without a launcher.")
+            raise AdaptiveDecodeError(
+                f"`AutoDecoTrainer` runs in one process and was launched in {args.world_size}; start it with `python`."
+            )
         if not isinstance(model, AutoDecoForCausalLM):
             model = AutoDecoForCausalLM.from_base(model, decoding_config)
         base: PreTrainedModel = model
@@ -145,11 +147,12 @@ class AutoDecoTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what the policy predicted since the last log."""
-        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        # One of several evaluation sets has its loss called `eval_NAME_loss`; what is added takes the same prefix.
+        losses = [name for name in logs if name.startswith("eval_") and name.endswith("_loss")]
+        mode, prefix = ("eval", losses[0].removesuffix("loss")) if losses else ("train", "")
         sums, self._sums[mode] = self._sums[mode], defaultdict(float)
         kept = sums["kept"]
         if kept:
-            prefix = "eval_" if mode == "eval" else ""
             policy = cast(AutoDecoForCausalLM, self.model).decoding_adapter
             for name in policy.config.heads:
                 mean = float(sums[name]) / kept
