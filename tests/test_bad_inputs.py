@@ -94,7 +94,7 @@ BAD_BUDGETS = [
     torch.tensor([[1, 2, 3]]),
     torch.tensor([1.0, 2.0, 3.0]),
     torch.tensor([]),
-    object(),
+    complex(1, 1),
     Budget(),
     Budget(tokens=0),
     Budget(tokens=[1, 2]),

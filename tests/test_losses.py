@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from hf_adaptive_decode.losses import (
     LOSS_TYPES,
@@ -527,8 +526,9 @@ def test_mask_uniform_is_uniform_and_uncorrelated() -> None:
         uniform = stable_mask_uniform(ids, 3).double()
         assert uniform.min() >= 0
         assert uniform.max() < 1
-        counts = torch.histc(uniform.flatten(), bins=100, min=0, max=1).numpy()
-        assert stats.chisquare(counts).pvalue > 1e-6, name
+        counts = torch.histc(uniform.flatten(), bins=100, min=0, max=1)
+        # The 1 - 1e-6 point of chi-square with 99 degrees of freedom.
+        assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 181.1, name
         pairs = torch.stack([uniform[:, 1:].flatten(), uniform[:, :-1].flatten()])
         seeds = torch.stack([uniform.flatten(), stable_mask_uniform(ids, 4).double().flatten()])
         for pair in (pairs, seeds):
