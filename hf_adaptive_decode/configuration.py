@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ._version import __version__
 from .errors import AdapterConfigError, SamplingParameterError
+from .features import FEATURES
 from .types import SamplingParameters
 from .warping import check_scalars
 
@@ -39,8 +40,9 @@ class AutoDecoConfig(PreTrainedConfig):
             Which heads a `"heads"` policy has; a parameter without a head is left off.
         head_hidden_size (`int`, defaults to 256):
             Width of a head's hidden layer.
-        use_logit_statistics (`bool`, defaults to `False`):
-            Whether the heads also see max p, entropy, variance and top-5 mass of the distribution to be sampled.
+        features (sequence of `str`, defaults to `("hidden",)`):
+            What the policy sees: the hidden state (`"hidden"`); max p, entropy, variance and top-5 mass of the
+            distribution to be sampled (`"statistics"`); or its entropy alone (`"entropy"`).
         detach_temperature (`bool`, defaults to `False`):
             Whether the top-p head sees the temperature without sending gradient back through it.
         temperature_range (`tuple` of two `float`, defaults to `(0.0, 2.0)`):
@@ -69,7 +71,7 @@ class AutoDecoConfig(PreTrainedConfig):
         policy: str = "heads",
         heads: tuple[str, ...] | list[str] = HEADS,
         head_hidden_size: int = 256,
-        use_logit_statistics: bool = False,
+        features: tuple[str, ...] | list[str] = ("hidden",),
         detach_temperature: bool = False,
         temperature_range: tuple[float, float] | list[float] = (0.0, 2.0),
         top_p_range: tuple[float, float] | list[float] = (0.0, 1.0),
@@ -87,7 +89,7 @@ class AutoDecoConfig(PreTrainedConfig):
         self.policy = policy
         self.heads = heads
         self.head_hidden_size = head_hidden_size
-        self.use_logit_statistics = use_logit_statistics
+        self.features = features
         self.detach_temperature = detach_temperature
         self.temperature_range = temperature_range
         self.top_p_range = top_p_range
@@ -101,7 +103,7 @@ class AutoDecoConfig(PreTrainedConfig):
         self.format_version = format_version
         self.library_version = library_version
         _check(self)
-        self.heads = list(heads)
+        self.heads, self.features = list(heads), list(features)
         self.temperature_range, self.top_p_range = list(temperature_range), list(top_p_range)
         inherited = {name: kwargs.pop(name) for name in list(kwargs) if name in _INHERITED or name.startswith("_")}
         unknown = sorted(set(kwargs) - set(vars(PreTrainedConfig())))
@@ -132,9 +134,8 @@ def _check(config: AutoDecoConfig) -> None:
         value = vars(config)[name]
         if value is not None and not _is_int(value, 1, 1 << 24):
             _fail(name, value, "a positive whole number below 2^24")
-    for name in ("use_logit_statistics", "detach_temperature"):
-        if not isinstance(vars(config)[name], bool):
-            _fail(name, vars(config)[name], "true or false")
+    if not isinstance(config.detach_temperature, bool):
+        _fail("detach_temperature", config.detach_temperature, "true or false")
     for name in ("base_model_name_or_path", "base_model_revision", "base_fingerprint", "library_version"):
         value = vars(config)[name]
         if value is not None and not isinstance(value, str):
@@ -144,12 +145,11 @@ def _check(config: AutoDecoConfig) -> None:
 
 
 def _check_heads(config: AutoDecoConfig) -> None:
-    heads = config.heads
-    if not isinstance(heads, list | tuple) or not heads or len(set(map(str, heads))) != len(heads):
-        _fail("heads", heads, f"a list of one or both of {HEADS}, each once")
-    for head in heads:
-        if head not in HEADS:
-            _fail("heads", heads, f"a list of names among {HEADS}")
+    for name, allowed in (("heads", HEADS), ("features", FEATURES)):
+        value = vars(config)[name]
+        ok = isinstance(value, list | tuple) and value and all(isinstance(v, str) and v in allowed for v in value)
+        if not ok or len(set(value)) != len(value):
+            _fail(name, value, f"a list of one or more of {allowed}, each once")
     for name, top in (("temperature_range", 100.0), ("top_p_range", 1.0)):
         value = vars(config)[name]
         ok = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(v) for v in value)

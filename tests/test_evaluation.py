@@ -51,8 +51,8 @@ def test_pass_at_k_refuses_what_it_cannot_estimate(n, c, k):
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
-    # A percentile bootstrap of 80 numbers covers about 94 %. Fewer than 90 % of 300 intervals would then happen by chance
-    # once in 300 runs, and the seed is fixed.
+    # A percentile bootstrap of 80 numbers covers about 94 %. Fewer than 90 % of 300 intervals would then happen once in
+    # 300 runs, and the seed is fixed.
     rng = np.random.default_rng(0)
     hits = 0
     for trial in range(300):
@@ -170,7 +170,7 @@ def test_a_comparison_holds_the_adapter_against_every_baseline(testbed):
     assert sum("oracle" in name for name in names) == 2
     # Identity heads and MeanShift of identity heads are one and the same sampler with one seed.
     assert (comparison.adapter.correct == comparison.baselines[2].correct).all()
-    table = comparison_table(comparison)
+    table = comparison_table(comparison.as_dict())
     assert all(name in table for name in names)
     rows = comparison.as_dict()["rows"]
     assert rows[0]["decoder"] == "learned heads"

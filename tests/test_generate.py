@@ -309,7 +309,7 @@ def test_no_config_is_mutated(model):
 
 
 def test_a_statistics_adapter_reads_the_scores_about_to_be_warped(model):
-    model = tiny.randomise_heads(tiny.wrap(tiny.build_base(), use_logit_statistics=True))
+    model = tiny.randomise_heads(tiny.wrap(tiny.build_base(), features=["hidden", "statistics"]))
     penalised = {"bad_words_ids": [[5], [11], [23]], "max_new_tokens": 6}
     found = sample(model, prompts(), **penalised, **TRACED, **ENDLESS)
     hidden, logits = hidden_and_logits(model, found.sequences[:, :-1])

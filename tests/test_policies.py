@@ -132,7 +132,7 @@ def test_statistics_are_computed_in_fp32(dtype):
 
 
 def test_heads_with_statistics_read_hidden_state_then_statistics():
-    policy, state = make_policy(use_logit_statistics=True), make_state()
+    policy, state = make_policy(features=["hidden", "statistics"]), make_state()
     assert policy.needs_logits
     assert not make_policy().needs_logits
     features = torch.cat([state.hidden, torch.tensor([statistics_by_hand(r) for r in state.logits.tolist()])], dim=1)
@@ -146,15 +146,15 @@ def test_forbidden_tokens_do_not_break_the_statistics_heads():
     state = make_state()
     masked = DecodeState(state.hidden, state.logits.masked_fill(torch.rand(6, VOCABULARY) < 0.9, -math.inf))
     masked.logits[:, 3] = 1.0
-    found = make_policy(use_logit_statistics=True)(masked)
+    found = make_policy(features=["hidden", "statistics"])(masked)
     assert torch.isfinite(found.temperature).all()
     assert torch.isfinite(found.top_p).all()
 
 
-@pytest.mark.parametrize("use_logit_statistics", [False, True])
+@pytest.mark.parametrize("features", [["hidden"], ["hidden", "statistics"]], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_hidden_states_give_fp32_parameters(dtype, use_logit_statistics):
-    policy, state = make_policy(use_logit_statistics=use_logit_statistics), make_state(dtype=dtype)
+def test_half_precision_hidden_states_give_fp32_parameters(dtype, features):
+    policy, state = make_policy(features=features), make_state(dtype=dtype)
     found = policy(state)
     expected = policy(DecodeState(state.hidden.float(), state.logits))
     for name in ("temperature", "top_p"):
@@ -174,9 +174,9 @@ def test_a_policy_cast_to_half_precision_still_computes_in_fp32(dtype):
     assert torch.equal(found.top_p, expected.top_p)
 
 
-@pytest.mark.parametrize("use_logit_statistics", [False, True])
-def test_autocast_changes_nothing(use_logit_statistics):
-    policy, state = make_policy(use_logit_statistics=use_logit_statistics), make_state()
+@pytest.mark.parametrize("features", [["hidden"], ["hidden", "statistics"]], ids="+".join)
+def test_autocast_changes_nothing(features):
+    policy, state = make_policy(features=features), make_state()
     expected = policy(state)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = policy(state)
@@ -185,9 +185,9 @@ def test_autocast_changes_nothing(use_logit_statistics):
     assert torch.equal(found.top_p, expected.top_p)
 
 
-@pytest.mark.parametrize("use_logit_statistics", [False, True])
-def test_a_row_depends_on_itself_alone(use_logit_statistics):
-    policy, state = make_policy(use_logit_statistics=use_logit_statistics), make_state(9)
+@pytest.mark.parametrize("features", [["hidden"], ["hidden", "statistics"]], ids="+".join)
+def test_a_row_depends_on_itself_alone(features):
+    policy, state = make_policy(features=features), make_state(9)
     together = policy(state)
     order = torch.randperm(9)
     permuted = policy(DecodeState(state.hidden[order], state.logits[order]))
@@ -220,7 +220,7 @@ def test_with_detached_temperature_the_top_p_loss_does_not_reach_the_temperature
 
 
 def test_every_head_weight_gets_a_gradient():
-    policy = make_policy(use_logit_statistics=True)
+    policy = make_policy(features=["hidden", "statistics"])
     found = policy(make_state())
     (found.temperature.sum() + found.top_p.sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
@@ -298,8 +298,10 @@ BAD_SETTINGS = [
     {"head_hidden_size": math.inf},
     {"head_hidden_size": "256"},
     {"head_hidden_size": True},
-    {"use_logit_statistics": "no"},
-    {"use_logit_statistics": 1},
+    {"features": "hidden"},
+    {"features": []},
+    {"features": ["hidden", "hidden"]},
+    {"features": ["mood"]},
     {"detach_temperature": None},
     {"temperature_range": [0.0]},
     {"temperature_range": [1.0, 0.5]},
@@ -395,7 +397,12 @@ def test_a_newer_format_says_how_to_read_it():
     "chosen",
     [
         {},
-        {"heads": ("top_p",), "head_hidden_size": 8, "temperature_range": (0.1, 1.5), "use_logit_statistics": True},
+        {
+            "heads": ("top_p",),
+            "head_hidden_size": 8,
+            "temperature_range": (0.1, 1.5),
+            "features": ["hidden", "statistics"],
+        },
         {"policy": "static", "actions": [GREEDY, WARM], "action_weights": [0.25, 0.75]},
         {"hidden_size": 32, "vocab_size": 96, "base_model_name_or_path": "a/b", "base_fingerprint": "0f"},
     ],

@@ -1,11 +1,13 @@
 """Every Python block of the README runs, in order, in one session; the commands it names exist."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from hf_adaptive_decode.cli.main import COMMANDS
+from hf_adaptive_decode.evaluation import comparison_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +35,19 @@ def test_the_files_that_the_readme_links_to_exist(link):
     assert (ROOT / link).exists()
 
 
-def test_nothing_was_left_to_fill_in():
-    assert "<!-- bench -->" not in README
-    assert "<!-- text results -->" not in README
+def test_the_demos_table_is_the_one_in_its_results():
+    result = json.loads((ROOT / "examples" / "results" / "demo.json").read_text(encoding="utf-8"))
+    assert comparison_table(result) in README
+
+
+def test_the_ratios_are_the_ones_in_the_benchmarks_results():
+    training = json.loads((ROOT / "benchmarks" / "results" / "training_step.json").read_text(encoding="utf-8"))
+    decoding = json.loads((ROOT / "benchmarks" / "results" / "decoding.json").read_text(encoding="utf-8"))
+    ratios = [row["ratio"] for row in training["times"].values()]
+    ratios += [value["median"] for row in decoding["results"] for value in row.values() if isinstance(value, dict)]
+    assert all(f"{ratio:.2f} (" in README for ratio in ratios)
+
+
+def test_the_likelihoods_are_the_ones_in_the_examples_results():
+    rows = json.loads((ROOT / "examples" / "results" / "gsm8k_text.json").read_text(encoding="utf-8"))["rows"]
+    assert all(f"| {row['nll']:.4f} |" in README for row in rows)

@@ -205,7 +205,7 @@ def test_nothing_is_saved_of_a_broken_adapter(model, folder):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"use_logit_statistics": True},
+        {"features": ["hidden", "statistics"]},
         {"heads": ["temperature"], "head_hidden_size": 16},
         {"temperature_range": (0.2, 1.4), "top_p_range": (0.3, 1.0), "detach_temperature": True},
     ],

@@ -122,7 +122,7 @@ def test_training_lowers_the_loss_that_it_minimises(tmp_path):
 
 def test_statistics_of_the_logits_train_too(tmp_path):
     torch.manual_seed(0)
-    model = AutoDecoForCausalLM.from_base(build_base("qwen3"), AutoDecoConfig(use_logit_statistics=True))
+    model = AutoDecoForCausalLM.from_base(build_base("qwen3"), AutoDecoConfig(features=["hidden", "statistics"]))
     before = adapter_of(model)
     train(tmp_path, model, save_strategy="no")
     columns = slice(-4, None)  # the statistics come behind the hidden state

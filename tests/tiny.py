@@ -133,7 +133,7 @@ def randomise_heads(model, seed: int = 0):
     adapter = model.decoding_adapter
     hidden, _ = hidden_and_logits(model, prompts(8, 16, seed=seed + 1))
     x = hidden.reshape(-1, hidden.shape[-1])
-    if adapter.config.use_logit_statistics:
+    if "statistics" in adapter.config.features:
         x = torch.cat([x, torch.rand(len(x), 4, generator=generator)], dim=-1)
     for head, middle in ((adapter.temperature_head, 0.0), (adapter.top_p_head, 1.0)):
         if head is None:

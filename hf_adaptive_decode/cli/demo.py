@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         batch_rows=256,
     )
+    result = comparison.as_dict()
     adapter = Path(args.output, "adapter")
     model.save_pretrained(adapter)
     tokenizer.save_pretrained(adapter)
@@ -58,12 +59,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     say = sys.stderr if args.json == "-" else sys.stdout
     size = f"{args.test_problems} test problems, {args.samples} samples each, token budget {args.token_budget}"
     print(f"\n{size};\nin per cent with 95 % intervals over problems; gains are paired by problem:\n", file=say)
-    print(comparison_table(comparison), file=say)
+    print(comparison_table(result), file=say)
     print(f"\nOne problem, decoded by the adapter loaded again from {adapter}:\n\n{shown}", file=say)
     seconds = time.perf_counter() - started
     print(f"\nLoad it in one line: AutoDecoForCausalLM.from_pretrained({str(adapter)!r})   [{seconds:.0f} s]", file=say)
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "json", "config")}
-    return {**comparison.as_dict(), "arguments": settings, "seconds": seconds, "environment": environment()}
+    return {**result, "arguments": settings, "seconds": seconds, "environment": environment()}
 
 
 def _train(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from .comparison import Comparison
-from .metrics import Interval
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
-def format_interval(interval: Interval, sign: bool = False) -> str:
+def format_interval(interval: Mapping[str, float], sign: bool = False) -> str:
     """`52.3 [49.1, 55.6]` in per cent, with an explicit plus if `sign`."""
-    mean, low, high = (100 * value for value in (interval.mean, interval.low, interval.high))
+    mean, low, high = (100 * interval[name] for name in ("mean", "low", "high"))
     plus = "+" if sign else ""
     return f"{mean:{plus}.1f} [{low:{plus}.1f}, {high:{plus}.1f}]"
 
 
-def comparison_table(comparison: Comparison) -> str:
-    """Pass@k of every decoder, and the adapter's paired gain over each baseline, as aligned Markdown."""
-    ks = comparison.ks
-    header = ["decoder", *(f"pass@{k}" for k in ks), *(f"heads' gain at pass@{k}" for k in ks)]
-    rows = [[comparison.adapter.decoder.name, *(format_interval(comparison.adapter.interval(k)) for k in ks)]]
-    rows[0] += ["" for _ in ks]
-    for outcome in comparison.baselines:
-        scores = [format_interval(outcome.interval(k)) for k in ks]
-        gains = [format_interval(comparison.adapter.difference(outcome, k), sign=True) for k in ks]
-        rows.append([outcome.decoder.name, *scores, *gains])
+def comparison_table(result: Mapping[str, Any]) -> str:
+    """
+    Pass@k of every decoder, and the adapter's paired gain over each baseline, as aligned Markdown.
+
+    Args:
+        result (mapping): [`Comparison.as_dict`], fresh or read back from JSON.
+    """
+    ks = [name for name in result["rows"][0] if name.startswith("pass@")]
+    header = ["decoder", *ks, *(f"heads' gain at {k}" for k in ks)]
+    rows = []
+    for row in result["rows"]:
+        gains = [row.get(f"adapter_gain_{k}") for k in ks]
+        shown = ["" if gain is None else format_interval(gain, sign=True) for gain in gains]
+        rows.append([row["decoder"], *(format_interval(row[k]) for k in ks), *shown])
     return markdown_table(header, rows)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..configuration import AutoDecoConfig
-from ..features import STATISTICS, logit_statistics
+from ..features import context, context_width, reads_logits
 from ..types import DecodeState, SamplingParameters
 from .base import DecodingPolicy
 
@@ -52,7 +51,7 @@ class HeadsPolicy(DecodingPolicy):
 
     def __init__(self, config: AutoDecoConfig) -> None:
         super().__init__(config)
-        width = int(config.hidden_size or 0) + (len(STATISTICS) if config.use_logit_statistics else 0)
+        width = context_width(config.features, int(config.hidden_size or 0))
         has_temperature = "temperature" in config.heads
         self.temperature_head = Head(width, config.head_hidden_size, 0.0) if has_temperature else None
         # The top-p head has a place for the temperature even where no temperature head fills it: it then reads 1.
@@ -62,15 +61,12 @@ class HeadsPolicy(DecodingPolicy):
     @property
     def needs_logits(self) -> bool:
         """The heads read the logits only for their statistics."""
-        return bool(self.config.use_logit_statistics)
+        return reads_logits(self.config.features)
 
     def forward(self, state: DecodeState) -> SamplingParameters:
         """`temperature` and `top_p` of shape `[N]`, `torch.float32`; `None` for a head that is not there."""
         with torch.autocast(state.hidden.device.type, enabled=False):
-            x = state.hidden.float()
-            if self.config.use_logit_statistics:
-                with torch.no_grad():
-                    x = torch.cat([x, logit_statistics(cast(torch.Tensor, state.logits))], dim=-1)
+            x = context(state, self.config.features)
             temperature = None
             if self.temperature_head is not None:
                 temperature = _stretch(self.temperature_head(x), self.config.temperature_range)
