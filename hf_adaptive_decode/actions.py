@@ -133,7 +133,7 @@ def select_actions(rewards: ArrayLike, k: int) -> list[int]:
     index. The first j of k picks are those for k = j, and the order of the problems does not matter.
 
     Args:
-        rewards (array of shape `[problems, candidates]`): Reward of each on each, 0 or 1 or any other finite number.
+        rewards (array of shape `[problems, candidates]`): Each candidate's reward on each problem, all finite.
         k (`int`): How many actions to pick, from 1 to `candidates`.
 
     Raises:

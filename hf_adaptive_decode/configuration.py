@@ -23,7 +23,9 @@ POLICY_NAMES = ("heads", "static")
 MAX_CONFIG_BYTES = 1 << 20
 # What transformers itself puts into a config's constructor; its other settings mean nothing for an adapter, and some
 # (a billion labels) are dangerous in a downloaded file.
-_INHERITED = {"architectures", "model_type", "transformers_version", "name_or_path"}
+_INHERITED = {"architectures", "model_type", "transformers_version", "name_or_path", "_name_or_path"}
+# What some releases of transformers 5 write into every config, though it says how to run a model and not what it is.
+_RUNTIME = {"attn_implementation", "experts_implementation"}
 _MAX_WIDTH = 1 << 16
 _MAX_ACTIONS = 4096
 
@@ -106,10 +108,13 @@ class AutoDecoConfig(PreTrainedConfig):
         self.heads, self.features = list(heads), list(features)
         self.temperature_range, self.top_p_range = list(temperature_range), list(top_p_range)
         inherited = {name: kwargs.pop(name) for name in list(kwargs) if name in _INHERITED or name.startswith("_")}
-        unknown = sorted(set(kwargs) - set(vars(PreTrainedConfig())))
+        unknown = sorted(set(kwargs) - set(vars(PreTrainedConfig())) - _RUNTIME)
         if unknown:
             warnings.warn(f"settings that this version does not know are dropped: {', '.join(unknown)}.", stacklevel=2)
-        inherited.setdefault("architectures", ["AutoDecoForCausalLM"])
+        for name, value in inherited.items():
+            if name in _INHERITED - {"architectures"} and not isinstance(value, str | None):
+                _fail(name, value, "a string")
+        inherited["architectures"] = ["AutoDecoForCausalLM"]  # whatever a file claims
         super().__init__(**inherited)
 
 
@@ -174,6 +179,9 @@ def _check_actions(config: AutoDecoConfig) -> None:
         unknown = sorted(map(str, set(action) - set(ACTION_FIELDS)))
         if unknown:
             _fail(f"actions[{index}]", action, f"a dict with keys among {ACTION_FIELDS}, without {unknown}")
+        wrong = [name for name, value in action.items() if not _is_number(value)]
+        if wrong:
+            _fail(f"actions[{index}]", action, f"a dict of numbers; leave {wrong[0]!r} out to switch it off")
         try:
             check_scalars(SamplingParameters(**cast(dict[str, Any], action)))
         except (SamplingParameterError, TypeError) as error:

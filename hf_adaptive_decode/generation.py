@@ -81,6 +81,18 @@ def count_new_tokens(output: ModelOutput, inputs: torch.Tensor | None, kwargs: d
     return int(output.sequences.shape[1]) - (0 if prompt is None else prompt.shape[1])
 
 
+def forget_defaults(config: GenerationConfig, chosen: dict[str, Any]) -> None:
+    """
+    Takes out of a config what its maker did not choose.
+
+    Pipelines of transformers up to 5.17 prepare a config once and pass it to every call, where their defaults, and the
+    base's, would look like the caller's choice.
+    """
+    for name in (*_WARPED_HERE, *_OTHER_WARPERS, "do_sample"):
+        if name not in chosen:
+            setattr(config, name, None)
+
+
 class GenerationSession:
     """
     The state of one call, never shared between calls or threads.

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .budget import resolve_budget
@@ -22,12 +21,13 @@ from .generation import (
     count_new_tokens,
     count_prompts,
     current_session,
+    forget_defaults,
     requested_settings,
     wants_adapter,
 )
 from .hub.bases import base_name, fingerprint, load_base
 from .hub.card import CARD_FILE, make_card
-from .hub.store import load_adapter, locate, save_adapter
+from .hub.store import load_adapter, locate, push_folder, save_adapter
 from .policies import DecodingPolicy, build_policy
 from .tap import output_device, output_embedding_shape
 
@@ -183,18 +183,10 @@ class AutoDecoForCausalLM(_Base):
         Returns:
             `str`: Address of the commit.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
-        return str(commit.commit_url)
+            how = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
+            return push_folder(folder, repo_id, token, private, **how)
 
     def generate(
         self,
@@ -258,6 +250,8 @@ class AutoDecoForCausalLM(_Base):
         session = current_session()
         if session is not None:
             session.prepare_config(config)
+        else:
+            forget_defaults(config, kwargs)
         return config, model_kwargs
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    WatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -130,7 +131,8 @@ def test_an_identity_adapter_is_the_base_in_every_mode(mode):
 
 
 def test_an_identity_adapter_watermarks_as_the_base_does(identity):
-    mode = {"max_new_tokens": 8, "watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash"}}
+    watermark = WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")
+    mode = {"max_new_tokens": 8, "watermarking_config": watermark}
     expected = sample(tiny.build_base(), prompts(), **mode, **PLAIN, **DICT)
     assert_same_output(sample(identity, prompts(), **mode, **DICT), expected)
 

@@ -351,6 +351,7 @@ BAD_SETTINGS = [
     {"actions": [GREEDY, WARM], "action_weights": ["1", "2"]},
     {"actions": [GREEDY, WARM], "action_weights": 1.0},
     {"action_weights": [], "actions": []},
+    {"actions": [{"top_k": None}]},
 ]
 
 

@@ -10,10 +10,10 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
@@ -239,3 +239,13 @@ def save_adapter(policy: DecodingPolicy, config: AutoDecoConfig, folder: str | o
         Path(staging, CONFIG_FILE).write_text(config.to_json_string(), encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(staging, name), Path(folder, name))
+
+
+def push_folder(
+    folder: str, repo_id: str, token: str | bool | None, private: bool | None, **commit: str | bool | None
+) -> str:
+    """Uploads an adapter's folder, making the repository if there is none; returns the commit's address."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    how = {name: value for name, value in commit.items() if value is not None}
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **cast(dict[str, Any], how)).commit_url)

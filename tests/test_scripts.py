@@ -1,0 +1,45 @@
+"""The example and the benchmarks run, at a size that takes seconds."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script, *words):
+    found = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, words)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    return found.stdout
+
+
+def test_the_text_example_reports_every_baseline(tmp_path):
+    rng = random.Random(0)
+    rows = [{"question": f"What is {a} + {a + 1}?", "answer": f"It is {2 * a + 1}."} for a in range(80)]
+    rng.shuffle(rows)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    sizes = ["--minutes", "0.03", "--vocab", "300", "--head-epochs", "1", "--threads", "1"]
+    out = run("examples/train_heads_on_text.py", data, *sizes, "--output", tmp_path, "--json", tmp_path / "r.json")
+    for name in ("base, T=1", "best static", "MeanShift", "learned temperature head"):
+        assert name in out
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["documents"] == 8
+    assert (tmp_path / "adapter" / "model.safetensors").exists()
+
+
+def test_the_training_benchmark_runs(tmp_path):
+    sizes = ["--tokens", 64, "--vocab", 2000, "--hidden", 64, "--pairs", 1, "--threads", 1, "--parts", "a"]
+    run("benchmarks/training_step.py", *sizes, "--json", tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["ratios"]
+
+
+def test_the_decoding_benchmark_runs(tmp_path):
+    sizes = ["--shape", "tiny", "--vocab", 500, "--batch", 2, "--new-tokens", 2, "--pairs", 1, "--threads", 1]
+    run("benchmarks/decoding.py", *sizes, "--json", tmp_path / "r.json")
+    (row,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert {"adaptive / plain sampling", "adaptive / static T + top-p"} <= set(row)
