@@ -67,12 +67,13 @@ class FrozenProjection:
         return raw if self._transform is None else self._transform(raw)
 
     def _find_transform(self, hidden: torch.Tensor, wanted: torch.Tensor) -> Transform:
-        raw = self._layer(hidden).float()
-        tolerance = 1e-4 if wanted.dtype == torch.float32 else 5e-2
-        for transform in _candidates(self._model):
-            scale = wanted.float().abs().amax().clamp(min=1.0)
-            if bool((transform(raw) - wanted.float()).abs().amax() <= tolerance * scale):
-                return transform
+        raw = self._layer(hidden)
+        exact = raw.dtype == wanted.dtype == torch.float32
+        scale = wanted.float().abs().amax().clamp(min=1.0)
+        errors = {t: float((t(raw.float()) - wanted.float()).abs().amax() / scale) for t in _candidates(self._model)}
+        best = min(errors, key=lambda transform: errors[transform])
+        if errors[best] <= (1e-4 if exact else 2e-2):
+            return best
         raise AdaptiveDecodeError(
             f"{type(self._model).__bases__[-1].__name__} changes its logits behind the output embedding in a way this "
             "library does not know (known: a softcap, `logit_scale`, `logits_scaling`, `lm_head_multiplier`), so the "

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import FAMILIES, build_base
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PreTrainedTokenizerFast
 
 from hf_adaptive_decode import (
     AutoDecoConfig,
@@ -96,6 +96,20 @@ def test_every_adapter_weight_moves_and_no_weight_of_the_base(family, tmp_path):
         assert moved == name.startswith("decoding_adapter."), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["bf16 base", "bf16 autocast"])
+def test_training_works_in_bf16_and_stays_near_the_loss_of_fp32(family, how, tmp_path):
+    first = {}
+    for precision in ("fp32", how):
+        torch.manual_seed(0)
+        base = build_base(family)
+        model = AutoDecoForCausalLM.from_base(base.bfloat16() if precision == "bf16 base" else base)
+        _, trainer = train(tmp_path, model, save_strategy="no", max_steps=1, bf16=precision == "bf16 autocast")
+        assert {p.dtype for p in model.decoding_adapter.parameters()} == {torch.float32}
+        first[precision] = trainer.state.log_history[0]["temperature_loss"]
+    assert first[how] == pytest.approx(first["fp32"], rel=0.03)
+
+
 @pytest.mark.parametrize("heads", [["temperature"], ["top_p"]])
 def test_one_head_alone_trains(heads, tmp_path):
     torch.manual_seed(0)
@@ -171,6 +185,21 @@ def test_a_batch_has_the_reference_loss_and_gradient(family, settings, tmp_path)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_projection_gives_the_models_own_logits(family):
     model = build_base(family)
+    ids = torch.randint(3, 80, (2, 7))
+    projection = FrozenProjection(model)
+    hidden = projection.hidden_states(input_ids=ids)
+    with torch.no_grad():
+        expected = model(ids).logits
+    torch.testing.assert_close(projection.logits(hidden.flatten(0, 1)).view_as(expected), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "scaled"), [(CohereConfig, {"logit_scale": 0.0625}), (GraniteConfig, {"logits_scaling": 8.0})]
+)
+def test_the_projection_knows_scaled_logits(config, scaled):
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    settings = config(vocab_size=96, hidden_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape, **scaled)
+    model = AutoModelForCausalLM.from_config(settings).eval()
     ids = torch.randint(3, 80, (2, 7))
     projection = FrozenProjection(model)
     hidden = projection.hidden_states(input_ids=ids)

@@ -98,7 +98,9 @@ class AutoDecoTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """The decoding loss of a padded batch; the model's own outputs are never made."""
-        output = self._decoding_loss(model, inputs, num_items_in_batch)
+        # The output layer then runs in the precision of the rest of the model; the heads keep to fp32 by themselves.
+        with self.accelerator.autocast():
+            output = self._decoding_loss(model, inputs, num_items_in_batch)
         self._remember(output, "train" if model.training else "eval")
         return (output.loss, {}) if return_outputs else output.loss
 
