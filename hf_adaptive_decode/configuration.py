@@ -19,7 +19,10 @@ from .warping import check_scalars
 FORMAT_VERSION = 1
 ACTION_FIELDS = ("temperature", "top_k", "top_p", "min_p")
 HEADS = ("temperature", "top_p")
-POLICY_NAMES = ("heads", "static")
+POLICY_NAMES = ("heads", "token_actions", "sequence_actions", "static")
+BUDGETS = ("tokens", "samples")
+# What each policy is told of the budget unless the config says otherwise.
+_TOLD = {"token_actions": ["tokens"], "sequence_actions": ["samples"]}
 MAX_CONFIG_BYTES = 1 << 20
 # What transformers itself puts into a config's constructor; its other settings mean nothing for an adapter, and some
 # (a billion labels) are dangerous in a downloaded file.
@@ -36,7 +39,8 @@ class AutoDecoConfig(PreTrainedConfig):
 
     Args:
         policy (`str`, defaults to `"heads"`):
-            `"heads"`: temperature and top-p per token (AutoDeco, section 2.2). `"static"`: fixed parameters, or a
+            `"heads"`: temperature and top-p per token (AutoDeco, section 2.2). `"token_actions"`, `"sequence_actions"`:
+            one of `actions` per token or per prompt (Adaptive Decoding, section 2). `"static"`: fixed parameters, or a
             mixture of them, one drawn per token.
         heads (sequence of `str`, defaults to `("temperature", "top_p")`):
             Which heads a `"heads"` policy has; a parameter without a head is left off.
@@ -55,6 +59,17 @@ class AutoDecoConfig(PreTrainedConfig):
             Sampling configurations with keys among `temperature`, `top_k`, `top_p`, `min_p`; temperature 0 is greedy.
         action_weights (list of `float`, *optional*):
             Probability of each action in a `"static"` mixture; uniform when `None`.
+        budget_features (sequence of `str`, *optional*):
+            What an action policy knows of the budget, among `"tokens"` (b_t) and `"samples"` (B); an empty list makes
+            the twin without a budget. By default b_t per token and B per sequence.
+        max_token_budget (`int`, defaults to 1024): Largest remaining token budget that an action policy tells apart.
+        max_parallel_budget (`int`, defaults to 64): Largest number of samples that an action policy tells apart.
+        policy_hidden_size (`int`, defaults to 128): Width of an action policy's two hidden layers.
+        policy_dropout (`float`, defaults to 0.1): Their dropout in training.
+        action_temperature (`float`, defaults to 1.0): Divides an action policy's logits.
+        deterministic (`bool`, defaults to `False`): Whether an action policy takes its likeliest action.
+        max_prob_mask (`float`, *optional*):
+            Where the base's largest probability is above this, an action policy leaves the token to greedy decoding.
         base_model_name_or_path (`str`, *optional*): Folder or Hub id of the frozen base model.
         base_model_revision (`str`, *optional*): Its commit.
         hidden_size (`int`, *optional*): Width of the base's output embedding; filled in by `from_base`.
@@ -79,6 +94,14 @@ class AutoDecoConfig(PreTrainedConfig):
         top_p_range: tuple[float, float] | list[float] = (0.0, 1.0),
         actions: list[dict[str, float]] | None = None,
         action_weights: list[float] | None = None,
+        budget_features: tuple[str, ...] | list[str] | None = None,
+        max_token_budget: int = 1024,
+        max_parallel_budget: int = 64,
+        policy_hidden_size: int = 128,
+        policy_dropout: float = 0.1,
+        action_temperature: float = 1.0,
+        deterministic: bool = False,
+        max_prob_mask: float | None = None,
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         hidden_size: int | None = None,
@@ -97,6 +120,14 @@ class AutoDecoConfig(PreTrainedConfig):
         self.top_p_range = top_p_range
         self.actions = actions
         self.action_weights = action_weights
+        self.budget_features = _TOLD.get(str(policy), []) if budget_features is None else budget_features
+        self.max_token_budget = max_token_budget
+        self.max_parallel_budget = max_parallel_budget
+        self.policy_hidden_size = policy_hidden_size
+        self.policy_dropout = policy_dropout
+        self.action_temperature = action_temperature
+        self.deterministic = deterministic
+        self.max_prob_mask = max_prob_mask
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.hidden_size = hidden_size
@@ -105,17 +136,21 @@ class AutoDecoConfig(PreTrainedConfig):
         self.format_version = format_version
         self.library_version = library_version
         _check(self)
-        self.heads, self.features = list(heads), list(features)
+        self.heads, self.features, self.budget_features = list(heads), list(features), list(self.budget_features)
         self.temperature_range, self.top_p_range = list(temperature_range), list(top_p_range)
-        inherited = {name: kwargs.pop(name) for name in list(kwargs) if name in _INHERITED or name.startswith("_")}
-        unknown = sorted(set(kwargs) - set(vars(PreTrainedConfig())) - _RUNTIME)
-        if unknown:
-            warnings.warn(f"settings that this version does not know are dropped: {', '.join(unknown)}.", stacklevel=2)
-        for name, value in inherited.items():
-            if name in _INHERITED - {"architectures"} and not isinstance(value, str | None):
-                _fail(name, value, "a string")
-        inherited["architectures"] = ["AutoDecoForCausalLM"]  # whatever a file claims
-        super().__init__(**inherited)
+        super().__init__(**_inherited(kwargs))
+
+
+def _inherited(given: dict[str, Any]) -> dict[str, Any]:
+    """Of the settings that are not ours, those that transformers may have; the rest is dropped, with a warning."""
+    kept = {name: value for name, value in given.items() if name in _INHERITED or name.startswith("_")}
+    unknown = sorted(set(given) - set(kept) - set(vars(PreTrainedConfig())) - _RUNTIME)
+    if unknown:
+        warnings.warn(f"settings that this version does not know are dropped: {', '.join(unknown)}.", stacklevel=3)
+    for name in _INHERITED & set(kept) - {"architectures"}:
+        if not isinstance(kept[name], str | os.PathLike | None):
+            _fail(name, kept[name], "a string")
+    return {**kept, "architectures": ["AutoDecoForCausalLM"]}  # whatever a file claims
 
 
 def _fail(name: str, value: object, wanted: str) -> None:
@@ -133,14 +168,17 @@ def _check(config: AutoDecoConfig) -> None:
         )
     if config.policy not in POLICY_NAMES:
         _fail("policy", config.policy, f"one of {', '.join(POLICY_NAMES)}")
-    if not _is_int(config.head_hidden_size, 1, _MAX_WIDTH):
-        _fail("head_hidden_size", config.head_hidden_size, f"a whole number from 1 to {_MAX_WIDTH}")
+    for name in ("head_hidden_size", "policy_hidden_size"):
+        if not _is_int(vars(config)[name], 1, _MAX_WIDTH):
+            _fail(name, vars(config)[name], f"a whole number from 1 to {_MAX_WIDTH}")
     for name in ("hidden_size", "vocab_size"):
         value = vars(config)[name]
         if value is not None and not _is_int(value, 1, 1 << 24):
             _fail(name, value, "a positive whole number below 2^24")
-    if not isinstance(config.detach_temperature, bool):
-        _fail("detach_temperature", config.detach_temperature, "true or false")
+    for name in ("detach_temperature", "deterministic"):
+        if not isinstance(vars(config)[name], bool):
+            _fail(name, vars(config)[name], "true or false")
+    _check_budgets(config)
     for name in ("base_model_name_or_path", "base_model_revision", "base_fingerprint", "library_version"):
         value = vars(config)[name]
         if value is not None and not isinstance(value, str):
@@ -162,11 +200,27 @@ def _check_heads(config: AutoDecoConfig) -> None:
             _fail(name, value, f"two numbers low < high within [0, {top:g}]")
 
 
+def _check_budgets(config: AutoDecoConfig) -> None:
+    told = config.budget_features
+    if not isinstance(told, list | tuple) or any(name not in BUDGETS for name in told) or len(set(told)) != len(told):
+        _fail("budget_features", told, f"a list of names among {BUDGETS}, each at most once")
+    for name in ("max_token_budget", "max_parallel_budget"):
+        if not _is_int(vars(config)[name], 2, 1 << 24):
+            _fail(name, vars(config)[name], "a whole number from 2 to 2^24")
+    bounds = {"policy_dropout": (0, 0.99), "action_temperature": (1e-3, 1e3), "max_prob_mask": (0, 1)}
+    for name, (low, high) in bounds.items():
+        value = vars(config)[name]
+        if value is None and name == "max_prob_mask":
+            continue
+        if not _is_number(value) or not low <= value <= high:
+            _fail(name, value, f"a number from {low} to {high}")
+
+
 def _check_actions(config: AutoDecoConfig) -> None:
     actions, weights = config.actions, config.action_weights
-    if config.policy == "static" and not actions:
+    if config.policy != "heads" and not actions:
         raise AdapterConfigError(
-            'policy "static" needs `actions`, a list of at least one sampling configuration such as '
+            f'policy "{config.policy}" needs `actions`, a list of at least one sampling configuration such as '
             '[{"temperature": 0.7, "top_p": 0.9}].'
         )
     if actions is None:

@@ -184,6 +184,8 @@ class GenerationSession:
         if config.max_length is not None and prompt_length is not None:
             limit = torch.full((rows,), config.max_length - prompt_length, dtype=torch.long)
             token_budget = limit if token_budget is None else token_budget.minimum(limit)
+        longest = None if token_budget is None else int(token_budget.max())
+        self._policy.warn_beyond(longest, config.num_return_sequences)
         self._processor = AdaptiveSamplerLogitsProcessor(
             self._policy,
             self._taken,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
+from .budget import resolve_budget
 from .errors import AdaptiveDecodeError, LogitsError, UnsupportedGenerationError
 from .hub.store import load_adapter
 from .policies import DecodingPolicy
@@ -56,12 +57,13 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         self._parallel_samples = parallel_samples
         self._record = record
         self._steps: list[SamplingParameters] = []
+        self._held: SamplingParameters | None = None
         self._tap: HiddenStateTap | None = None
         self._last_length = -1
 
     @classmethod
     def from_pretrained(
-        cls, adapter: str | os.PathLike[str], model: nn.Module, **hub_kwargs: Any
+        cls, adapter: str | os.PathLike[str], model: nn.Module, budget: Any = None, **hub_kwargs: Any
     ) -> AdaptiveSamplerLogitsProcessor:
         """
         Loads an adapter for use on `model`, which stays as it is but for one hook on its output embedding.
@@ -71,6 +73,8 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         Args:
             adapter (`str` or `os.PathLike`): Folder or Hub id.
             model ([`~transformers.PreTrainedModel`]): The model that will generate.
+            budget (`int` or [`Budget`], *optional*): One for every row of every call, for policies that know a budget;
+                `generate` has to be given the same as `max_new_tokens` and `num_return_sequences`.
             hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`.
 
         Raises:
@@ -78,7 +82,9 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         """
         policy = load_adapter(adapter, model, **hub_kwargs)
         tap = HiddenStateTap(model).open()
-        processor = cls(policy, tap.last_position)
+        known = resolve_budget(budget, prompts=1)
+        tokens = None if known.tokens is None else torch.tensor(known.tokens)
+        processor = cls(policy, tap.last_position, token_budget=tokens, parallel_samples=known.samples)
         processor._tap = tap
         return processor
 
@@ -102,7 +108,10 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
                 "way of generating does not keep one hidden state a row."
             )
         state = DecodeState(hidden, scores, *self._budgets(scores))
-        parameters = self.policy(state).override(self._explicit)
+        parameters = self._held
+        if parameters is None:
+            parameters = self.policy(state).override(self._explicit)
+            self._held = parameters if self.policy.decides_once else None
         _check_parameters(parameters, self.step)
         self.step += 1
         if self._record:
@@ -112,7 +121,8 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
     def _budgets(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         remaining = samples = None
         if self._token_budget is not None:
-            remaining = (self._token_budget.to(scores.device) - self.step).clamp(min=0)
+            budget = self._token_budget.to(scores.device).expand(scores.shape[0])
+            remaining = (budget - self.step).clamp(min=0)
         if self._parallel_samples is not None:
             samples = torch.full(scores.shape[:1], self._parallel_samples, device=scores.device)
         return remaining, samples
@@ -134,7 +144,9 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         if self._tap is None:
             return
         passes, length = self._tap.count_passes(), input_ids.shape[1]
-        if passes > 1 and length == self._last_length + 1:
+        if length != self._last_length + 1:
+            self.step, self._held = 0, None  # another `generate` call has begun
+        elif passes > 1:
             raise UnsupportedGenerationError(
                 f"the model ran {passes} times for one token (guidance and assisted generation do), so the hidden "
                 "state may be another pass's; wrap the model with `AutoDecoForCausalLM.from_pretrained` instead."

@@ -24,9 +24,17 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from hf_adaptive_decode import AutoDecoForCausalLM, Budget, DecodeState, DecodingTrace, SamplingParameters
+from hf_adaptive_decode import (
+    AutoDecoConfig,
+    AutoDecoForCausalLM,
+    Budget,
+    DecodeState,
+    DecodingTrace,
+    SamplingParameters,
+)
 from hf_adaptive_decode.errors import AdaptiveDecodeError, BudgetError, LogitsError, UnsupportedGenerationError
 from hf_adaptive_decode.generation import current_session
+from hf_adaptive_decode.policies import DecodingPolicy
 
 NEVER = -float("inf")
 DICT = {"return_dict_in_generate": True, "output_scores": True}
@@ -582,13 +590,11 @@ def test_a_budget_of_the_generation_config_is_honoured_and_a_keyword_wins(model)
     assert model.generate(prompts(2, 5), generation_config=given, budget=2).shape == (2, 7)
 
 
-class Watch(torch.nn.Module):
+class Watch(DecodingPolicy):
     """Stands in for a policy and writes down what it is shown."""
 
-    has_actions = needs_logits = False
-
     def __init__(self):
-        super().__init__()
+        super().__init__(AutoDecoConfig())
         self.seen = []
 
     def forward(self, state):

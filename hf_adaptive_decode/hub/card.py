@@ -16,9 +16,13 @@ CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PAPERS = {
     "heads": "[The End of Manual Decoding](https://huggingface.co/papers/2510.26697)",
+    "token_actions": "*Learning Adaptive LLM Decoding*",
+    "sequence_actions": "*Learning Adaptive LLM Decoding*",
 }
 _KINDS = {
     "heads": "heads that predict temperature and top-p for every token",
+    "token_actions": "a policy that chooses one of a few sampling configurations for every token",
+    "sequence_actions": "a policy that chooses one of a few sampling configurations for every prompt",
     "static": "fixed sampling parameters (a baseline)",
 }
 _BODY = """# A decoding adapter for {base}

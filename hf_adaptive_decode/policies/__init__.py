@@ -5,10 +5,14 @@ from __future__ import annotations
 from ..configuration import AutoDecoConfig
 from .base import DecodingPolicy
 from .heads import HeadsPolicy
+from .sequence_actions import SequenceActionsPolicy
 from .static import StaticPolicy
+from .token_actions import TokenActionsPolicy
 
 POLICIES: dict[str, type[DecodingPolicy]] = {
     "heads": HeadsPolicy,
+    "token_actions": TokenActionsPolicy,
+    "sequence_actions": SequenceActionsPolicy,
     "static": StaticPolicy,
 }
 
@@ -18,4 +22,12 @@ def build_policy(config: AutoDecoConfig) -> DecodingPolicy:
     return POLICIES[config.policy](config)
 
 
-__all__ = ["POLICIES", "DecodingPolicy", "HeadsPolicy", "StaticPolicy", "build_policy"]
+__all__ = [
+    "POLICIES",
+    "DecodingPolicy",
+    "HeadsPolicy",
+    "SequenceActionsPolicy",
+    "StaticPolicy",
+    "TokenActionsPolicy",
+    "build_policy",
+]

@@ -35,6 +35,14 @@ class DecodingPolicy(nn.Module, ABC):
         """Whether the policy reads `DecodeState.logits`."""
         return False
 
+    @property
+    def decides_once(self) -> bool:
+        """Whether a sequence keeps the parameters of its first step."""
+        return False
+
+    def warn_beyond(self, tokens: int | None, samples: int | None) -> None:
+        """Warns once if a budget is beyond what the policy was made for; most policies know no budget."""
+
     @abstractmethod
     def forward(self, state: DecodeState) -> SamplingParameters:
         """Sampling parameters with fields of shape `[N]`, `torch.float32`, for the `N` rows of `state`."""

@@ -1,0 +1,94 @@
+"""Budgets as a learned vector (Adaptive Decoding, section 3.1); knows budgets, nothing of hidden states or actions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..errors import BudgetError
+from ..types import DecodeState
+
+WIDTH = 32
+# The encoding stands beside hundreds of components of the hidden state and has to be heard among them.
+_SCALE = 3.0
+_TOKEN_STEPS = 24
+
+
+class BudgetEncoder(nn.Module):
+    """
+    3 · LayerNorm(MLP(thermometer code of the budgets)), a two-layer MLP.
+
+    A thermometer code has one component a threshold, which rises from 0 to 1 as the budget passes from the threshold
+    below to this one: budgets between those trained on interpolate. Thresholds stand closer together at small budgets,
+    where a token more or less matters; beyond the largest the code is constant.
+
+    Args:
+        names (sequence of `str`): Which budgets to encode: `"tokens"` (the remaining b_t), `"samples"` (B), or both.
+        max_tokens (`int`): Largest remaining token budget that is told apart.
+        max_samples (`int`): Largest parallel budget that is told apart.
+    """
+
+    def __init__(self, names: Sequence[str], max_tokens: int, max_samples: int) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.largest = {"tokens": max_tokens, "samples": max_samples}
+        scales = {
+            "tokens": sorted({round(max_tokens ** (i / (_TOKEN_STEPS - 1))) for i in range(_TOKEN_STEPS)}),
+            "samples": sorted({min(2**i, max_samples) for i in range(max_samples.bit_length() + 1)}),
+        }
+        for name in self.names:
+            thresholds = torch.tensor(scales[name], dtype=torch.float32)
+            self.register_buffer(f"{name}_thresholds", thresholds, persistent=False)
+        inputs = sum(len(scales[name]) for name in self.names)
+        self.up = nn.Linear(inputs, WIDTH, dtype=torch.float32)
+        self.out = nn.Linear(WIDTH, WIDTH, dtype=torch.float32)
+        self._warned = False
+
+    def forward(self, state: DecodeState) -> torch.Tensor:
+        """
+        Encoding `[N, WIDTH]`, `torch.float32`, of the state's budgets.
+
+        Raises:
+            [`BudgetError`]: If the state lacks a budget that the policy was made to know.
+        """
+        budgets = {"tokens": state.remaining_tokens, "samples": state.parallel_samples}
+        codes = []
+        for name in self.names:
+            budget = budgets[name]
+            if budget is None:
+                raise BudgetError(
+                    f"this policy was trained to know the budget of {name}, and none was given: pass `budget=`."
+                )
+            codes.append(thermometer(budget, self.get_buffer(f"{name}_thresholds")))
+        up = F.silu(F.linear(torch.cat(codes, dim=-1), self.up.weight.float(), self.up.bias.float()))
+        return _SCALE * F.layer_norm(F.linear(up, self.out.weight.float(), self.out.bias.float()), (WIDTH,))
+
+    def warn_beyond(self, tokens: int | None, samples: int | None) -> None:
+        """Warns once if a budget is beyond what the policy tells apart."""
+        for name, value in (("tokens", tokens), ("samples", samples)):
+            if name in self.names and value is not None and value > self.largest[name] and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"the budget of {value} {name} is beyond the policy's largest, {self.largest[name]}; it is treated "
+                    "as that.",
+                    stacklevel=4,
+                )
+
+
+def thermometer(budget: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """
+    Piecewise linear code: component i is clip((b − θ_{i−1}) / (θ_i − θ_{i−1}), 0, 1), with θ_{−1} = 0.
+
+    Args:
+        budget (`torch.Tensor` of shape `[N]`): Budgets.
+        thresholds (`torch.Tensor` of shape `[K]`): Ascending, above 0.
+
+    Returns:
+        `torch.Tensor` of shape `[N, K]`, `torch.float32`.
+    """
+    below = F.pad(thresholds, (1, 0))[:-1]
+    return ((budget[:, None].float() - below) / (thresholds - below)).clamp(0.0, 1.0)
