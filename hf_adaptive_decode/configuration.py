@@ -207,6 +207,10 @@ def _check_budgets(config: AutoDecoConfig) -> None:
     for name in ("max_token_budget", "max_parallel_budget"):
         if not _is_int(vars(config)[name], 2, 1 << 24):
             _fail(name, vars(config)[name], "a whole number from 2 to 2^24")
+    if config.policy == "sequence_actions" and config.max_prob_mask is not None:
+        raise AdapterConfigError(
+            '`max_prob_mask` judges tokens, and policy "sequence_actions" decides once for all of them; leave it out.'
+        )
     bounds = {"policy_dropout": (0, 0.99), "action_temperature": (1e-3, 1e3), "max_prob_mask": (0, 1)}
     for name, (low, high) in bounds.items():
         value = vars(config)[name]

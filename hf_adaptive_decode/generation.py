@@ -223,7 +223,8 @@ class GenerationSession:
                     "rows with different budgets end at different times, and the rest of a row is filled with the pad "
                     "token; this model has none: pass `pad_token_id=` to `generate`."
                 )
-            criteria = StoppingCriteriaList([*criteria, _RowBudget(self._budget, config._eos_token_tensor)])
+            budgets = cast(torch.Tensor, self._budget.per_row(self._rows(config)))
+            criteria = StoppingCriteriaList([*criteria, _RowBudget(budgets, config._eos_token_tensor)])
         return _Remembering(criteria, self._done) if self._record else criteria
 
     def trace(self, new_tokens: int) -> DecodingTrace:
@@ -252,8 +253,8 @@ class _TakeHidden(LogitsProcessor):
 
 
 class _RowBudget(StoppingCriteria):
-    def __init__(self, budget: ResolvedBudget, eos_token_id: torch.Tensor | None) -> None:
-        self._budget = budget
+    def __init__(self, budgets: torch.Tensor, eos_token_id: torch.Tensor | None) -> None:
+        self._budgets = budgets
         self._prompt_length: int | None = None
         # transformers pads finished rows only if some criterion has this attribute.
         self.eos_token_id = eos_token_id
@@ -261,8 +262,7 @@ class _RowBudget(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self._prompt_length is None:
             self._prompt_length = input_ids.shape[1] - 1
-        budgets = cast(torch.Tensor, self._budget.per_row(input_ids.shape[0]))
-        return budgets.to(input_ids.device) <= input_ids.shape[1] - self._prompt_length
+        return self._budgets.to(input_ids.device) <= input_ids.shape[1] - self._prompt_length
 
 
 class _Remembering(StoppingCriteriaList):

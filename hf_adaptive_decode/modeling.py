@@ -250,7 +250,7 @@ class AutoDecoForCausalLM(_Base):
         session = current_session()
         if session is not None:
             session.prepare_config(config)
-        else:
+        elif self._adapter_enabled:
             forget_defaults(config, kwargs)
         return config, model_kwargs
 

@@ -178,6 +178,12 @@ def test_bad_settings_are_refused_and_named(bad):
         AutoDecoConfig(**{"policy": "token_actions", "actions": ACTIONS, **bad})
 
 
+def test_a_sequence_policy_refuses_a_mask_of_tokens():
+    # A sure first token would otherwise have made the whole held sequence greedy.
+    with pytest.raises(AdapterConfigError, match=r"max_prob_mask.*sequence_actions"):
+        AutoDecoConfig(policy="sequence_actions", actions=ACTIONS, max_prob_mask=0.95)
+
+
 @pytest.mark.parametrize("preset", ACTION_PRESETS)
 def test_every_preset_makes_a_policy(preset):
     found = make(actions=ACTION_PRESETS[preset])(state())
@@ -252,9 +258,9 @@ def test_a_budget_beyond_the_largest_warns_once_and_is_the_largest():
 @pytest.mark.parametrize("policy", ["token_actions", "sequence_actions"])
 def test_saved_policies_load_by_every_way(policy, tmp_path):
     tiny.build_base().save_pretrained(tmp_path / "base")
-    model = AutoDecoForCausalLM.from_base(
-        tmp_path / "base", AutoDecoConfig(policy=policy, actions=ACTIONS, max_prob_mask=0.9)
-    )
+    mask = 0.9 if policy == "token_actions" else None
+    settings = AutoDecoConfig(policy=policy, actions=ACTIONS, max_prob_mask=mask)
+    model = AutoDecoForCausalLM.from_base(tmp_path / "base", settings)
     randomise(model.decoding_adapter)
     model.save_pretrained(tmp_path / "adapter")
     model.eval()

@@ -974,3 +974,11 @@ def test_a_model_whose_vocabulary_was_resized_says_so_or_works(model):
     except AdaptiveDecodeError:
         return
     assert torch.isfinite(found.decoding_trace.temperature).all()
+
+
+def test_a_config_prepared_while_the_adapter_is_disabled_keeps_the_bases_defaults(model):
+    model.generation_config.temperature = 0.3
+    with model.disable_adapter():
+        kept, _ = model._prepare_generation_config(None)
+    forgotten, _ = model._prepare_generation_config(None)
+    assert (kept.temperature, forgotten.temperature) == (0.3, None)

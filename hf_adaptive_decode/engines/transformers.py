@@ -52,7 +52,7 @@ def complete(
         A list of `samples` [`Completion`] for each prompt, in the order of `prompts`.
     """
     resolve_budget(Budget(tokens=token_budget, samples=samples), prompts=1)
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     # Prompts of like length go together, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     greedy = settings is not None and settings.get("temperature") == 0
@@ -76,7 +76,8 @@ def _chunks(order: list[int], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a plain prompt, or of a conversation up to where the assistant begins."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))

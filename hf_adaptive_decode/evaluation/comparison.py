@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .baselines import STATIC_GRID, best, mean_shift, static_decoders
-from .metrics import Interval
 from .runner import DEFAULT, GREEDY, Decoder, Outcome, Reward, run_decoder
 
 ADAPTER = Decoder("learned heads")
@@ -29,10 +28,6 @@ class Comparison:
     adapter: Outcome
     baselines: list[Outcome]
     ks: tuple[int, ...]
-
-    def gains(self, k: int) -> list[Interval]:
-        """Paired difference in pass@k of the adapter to each baseline."""
-        return [self.adapter.difference(baseline, k) for baseline in self.baselines]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything a table shows, ready for JSON."""

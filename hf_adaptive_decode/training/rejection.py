@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..engines.base import Completion
-from ..engines.transformers import complete
+from ..engines.transformers import complete, encode_prompt
 from ..evaluation.runner import Reward, score
+from ..losses import IGNORE_INDEX
 
 # From cold to hot: greedy first, plain sampling last.
 LADDER: tuple[dict[str, float], ...] = ({"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 1.0})
@@ -72,9 +73,5 @@ def verified_completions(
 
 
 def _row(tokenizer: Any, prompt: Any, completion: Completion) -> dict[str, list[int]]:
-    if isinstance(prompt, str):
-        head = list(tokenizer(prompt)["input_ids"])
-    else:
-        head = list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-    ids = list(completion.token_ids)
-    return {"input_ids": head + ids, "labels": [-100] * len(head) + ids}
+    head, ids = encode_prompt(tokenizer, prompt), list(completion.token_ids)
+    return {"input_ids": head + ids, "labels": [IGNORE_INDEX] * len(head) + ids}
