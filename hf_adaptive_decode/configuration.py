@@ -31,6 +31,7 @@ _INHERITED = {"architectures", "model_type", "transformers_version", "name_or_pa
 _RUNTIME = {"attn_implementation", "experts_implementation"}
 _MAX_WIDTH = 1 << 16
 _MAX_ACTIONS = 4096
+_MAX_PRIORS = 64
 
 
 class AutoDecoConfig(PreTrainedConfig):
@@ -69,7 +70,13 @@ class AutoDecoConfig(PreTrainedConfig):
         action_temperature (`float`, defaults to 1.0): Divides an action policy's logits.
         deterministic (`bool`, defaults to `False`): Whether an action policy takes its likeliest action.
         max_prob_mask (`float`, *optional*):
-            Where the base's largest probability is above this, an action policy leaves the token to greedy decoding.
+            Where the base's largest probability is above this, the policy (not `"sequence_actions"`) does not decide.
+        masked_steps (`str`, defaults to `"greedy"`):
+            How such a token is decoded: `"greedy"`, or `"prior"`, with the likeliest action of `action_prior`.
+        action_prior (list of `dict`, *optional*):
+            Where an action policy starts: entries `{"samples": B, "probabilities": [one an action]}`.
+        pooling (`str`, defaults to `"last"`):
+            What of the prompt a `"sequence_actions"` policy reads: the last token's hidden state, or their `"mean"`.
         base_model_name_or_path (`str`, *optional*): Folder or Hub id of the frozen base model.
         base_model_revision (`str`, *optional*): Its commit.
         hidden_size (`int`, *optional*): Width of the base's output embedding; filled in by `from_base`.
@@ -102,6 +109,9 @@ class AutoDecoConfig(PreTrainedConfig):
         action_temperature: float = 1.0,
         deterministic: bool = False,
         max_prob_mask: float | None = None,
+        masked_steps: str = "greedy",
+        action_prior: list[dict[str, Any]] | None = None,
+        pooling: str = "last",
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         hidden_size: int | None = None,
@@ -128,10 +138,11 @@ class AutoDecoConfig(PreTrainedConfig):
         self.action_temperature = action_temperature
         self.deterministic = deterministic
         self.max_prob_mask = max_prob_mask
-        self.base_model_name_or_path = base_model_name_or_path
-        self.base_model_revision = base_model_revision
-        self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
+        self.masked_steps = masked_steps
+        self.action_prior = action_prior
+        self.pooling = pooling
+        self.base_model_name_or_path, self.base_model_revision = base_model_name_or_path, base_model_revision
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.base_fingerprint = base_fingerprint
         self.format_version = format_version
         self.library_version = library_version
@@ -211,6 +222,13 @@ def _check_budgets(config: AutoDecoConfig) -> None:
         raise AdapterConfigError(
             '`max_prob_mask` judges tokens, and policy "sequence_actions" decides once for all of them; leave it out.'
         )
+    for name, allowed in (("masked_steps", ("greedy", "prior")), ("pooling", ("last", "mean"))):
+        if vars(config)[name] not in allowed:
+            _fail(name, vars(config)[name], f"one of {allowed}")
+    if config.pooling == "mean" and config.policy != "sequence_actions":
+        raise AdapterConfigError(f'`pooling="mean"` is for policy "sequence_actions"; this one is "{config.policy}".')
+    if config.masked_steps == "prior" and not config.action_prior:
+        raise AdapterConfigError('`masked_steps="prior"` needs an `action_prior` to take the action from.')
     bounds = {"policy_dropout": (0, 0.99), "action_temperature": (1e-3, 1e3), "max_prob_mask": (0, 1)}
     for name, (low, high) in bounds.items():
         value = vars(config)[name]
@@ -244,10 +262,29 @@ def _check_actions(config: AutoDecoConfig) -> None:
             check_scalars(SamplingParameters(**cast(dict[str, Any], action)))
         except (SamplingParameterError, TypeError) as error:
             raise AdapterConfigError(f"actions[{index}]: {error}") from error
-    if weights is not None:
-        ok = isinstance(weights, list | tuple) and len(weights) == len(actions) and all(map(_is_number, weights))
-        if not ok or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-            _fail("action_weights", weights, f"{len(actions)} numbers of at least 0, one an action, not all 0")
+    if weights is not None and not _are_weights(weights, len(actions)):
+        _fail("action_weights", weights, f"{len(actions)} numbers of at least 0, one an action, not all 0")
+    _check_prior(config.action_prior, len(actions))
+
+
+def _check_prior(prior: Any, actions: int) -> None:
+    if prior is None:
+        return
+    if not isinstance(prior, list | tuple) or not 1 <= len(prior) <= _MAX_PRIORS:
+        _fail("action_prior", prior, f"a list of 1 to {_MAX_PRIORS} entries")
+    wanted = f'{{"samples": B, "probabilities": [{actions} numbers of at least 0, not all 0]}}, each B once'
+    for index, entry in enumerate(prior):
+        fields = isinstance(entry, dict) and set(entry) == {"samples", "probabilities"}
+        if not fields or not _is_int(entry["samples"], 1, 1 << 24) or not _are_weights(entry["probabilities"], actions):
+            _fail(f"action_prior[{index}]", entry, wanted)
+    if len({entry["samples"] for entry in prior}) < len(prior):
+        _fail("action_prior", prior, wanted)
+
+
+def _are_weights(value: Any, length: int) -> bool:
+    """Whether `value` is a list of `length` numbers that can be made to sum to 1."""
+    ok = isinstance(value, list | tuple) and len(value) == length and all(map(_is_number, value))
+    return ok and min(value) >= 0 and 0 < sum(value) < float("inf")
 
 
 def _is_int(value: object, low: int, high: int) -> bool:

@@ -99,7 +99,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores `[rows, V]` → warped scores `[rows, V]`, `torch.float32`."""
-        self._check_scores(scores)
+        check_scores(scores, self.step)
         self._check_passes(input_ids)
         hidden = self._read_hidden()
         if hidden.shape[0] != scores.shape[0]:
@@ -112,11 +112,11 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         if parameters is None:
             parameters = self.policy(state).override(self._explicit)
             self._held = parameters if self.policy.decides_once else None
-        _check_parameters(parameters, self.step)
+        check_parameters(parameters, self.step)
         self.step += 1
         if self._record:
             self._steps.append(parameters)
-        return warp_logits(scores, _on(parameters, scores.device))
+        return warp_logits(scores, parameters.to(scores.device))
 
     def _budgets(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         remaining = samples = None
@@ -126,18 +126,6 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         if self._parallel_samples is not None:
             samples = torch.full(scores.shape[:1], self._parallel_samples, device=scores.device)
         return remaining, samples
-
-    def _check_scores(self, scores: torch.Tensor) -> None:
-        best = scores.amax(dim=-1)  # NaN and +inf show in the maximum, and so does a row with nothing left
-        good = torch.isfinite(best)
-        if not bool(good.all()):
-            row = int((~good).nonzero()[0])
-            value = best[row].item()
-            found = "NaN" if math.isnan(value) else "+inf" if value > 0 else "no token above -inf"
-            raise LogitsError(
-                f"step {self.step}, row {row}: the model's scores hold {found}. Check the model's dtype and weights, "
-                "and that its constraints leave at least one token."
-            )
 
     def _check_passes(self, input_ids: torch.Tensor) -> None:
         """On an unwrapped model, where the hook is all there is: whose forward pass was heard last?"""
@@ -178,7 +166,22 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         return DecodingTrace(column("temperature", 1.0), column("top_p", 1.0), action)
 
 
-def _check_parameters(parameters: SamplingParameters, step: int) -> None:
+def check_scores(scores: torch.Tensor, step: int) -> None:
+    """Raises [`LogitsError`] with the step and the row if scores `[rows, V]` hold NaN, +inf, or nothing above -inf."""
+    best = scores.amax(dim=-1)  # NaN and +inf show in the maximum, and so does a row with nothing left
+    good = torch.isfinite(best)
+    if not bool(good.all()):
+        row = int((~good).nonzero()[0])
+        value = best[row].item()
+        found = "NaN" if math.isnan(value) else "+inf" if value > 0 else "no token above -inf"
+        raise LogitsError(
+            f"step {step}, row {row}: the model's scores hold {found}. Check the model's dtype and weights, and that "
+            "its constraints leave at least one token."
+        )
+
+
+def check_parameters(parameters: SamplingParameters, step: int) -> None:
+    """Raises [`LogitsError`] with the step and the row if a policy gave a temperature or top-p that is not finite."""
     for name in ("temperature", "top_p"):
         values = vars(parameters)[name]
         if isinstance(values, torch.Tensor) and not bool(torch.isfinite(values).all()):
@@ -187,9 +190,3 @@ def _check_parameters(parameters: SamplingParameters, step: int) -> None:
                 f"step {step}, row {row}: the policy gave {values[row].item()} as {name}. Its weights, or the hidden "
                 "states of this base model, are out of range; load the adapter on the base it was trained on."
             )
-
-
-def _on(parameters: SamplingParameters, device: torch.device) -> SamplingParameters:
-    """The parameters on the scores' device; the hidden state may live on another when a model is spread out."""
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(parameters).items()}
-    return SamplingParameters(**moved)

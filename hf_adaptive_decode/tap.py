@@ -56,6 +56,8 @@ class HiddenStateTap:
         model ([`~transformers.PreTrainedModel`]): The model to read.
         is_listening (`Callable[[], bool]`, *optional*):
             Asked at every forward pass; lets several taps share a model without hearing each other's passes.
+        keeps_all (`bool`, defaults to `False`):
+            Whether to keep every position's hidden state; the output embedding then still computes the last alone.
 
     Example:
 
@@ -66,9 +68,12 @@ class HiddenStateTap:
     ```
     """
 
-    def __init__(self, model: nn.Module, is_listening: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, is_listening: Callable[[], bool] | None = None, keeps_all: bool = False
+    ) -> None:
         self._layer = output_embedding(model)
         self._is_listening = is_listening
+        self._keeps_all = keeps_all
         self._hidden: torch.Tensor | None = None
         self._passes = 0
         self._handle: torch.utils.hooks.RemovableHandle | None = None
@@ -92,15 +97,21 @@ class HiddenStateTap:
     ) -> None:
         self.close()
 
-    def _hear(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._is_listening is None or self._is_listening():
-            self._hidden = args[0]
-            self._passes += 1
+    def _hear(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._is_listening is not None and not self._is_listening():
+            return None
+        self._hidden = args[0]
+        self._passes += 1
+        return (args[0][:, -1:], *args[1:]) if self._keeps_all else None
 
     def count_passes(self) -> int:
         """Forward passes heard since this was last asked."""
         passes, self._passes = self._passes, 0
         return passes
+
+    def every_position(self) -> torch.Tensor:
+        """The hidden states `[rows, length, H]` of the latest forward pass, of a tap that keeps them all."""
+        return cast(torch.Tensor, self._hidden)
 
     def last_position(self) -> torch.Tensor:
         """

@@ -46,6 +46,11 @@ class SamplingParameters:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return SamplingParameters(**{k: v[rows] if is_per_row(v) else v for k, v in values.items()})
 
+    def to(self, device: torch.device) -> SamplingParameters:
+        """The parameters on another device; the hidden state may live on another than the scores do."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SamplingParameters(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
 
 def is_per_row(value: Any) -> bool:
     """Whether a field of [`SamplingParameters`] holds one value a row rather than one for all."""
@@ -66,12 +71,38 @@ class DecodeState:
             Tokens a row may still generate, the next one included (b_t = b - t).
         parallel_samples (`torch.Tensor` of shape `[N]`, `torch.long`, *optional*):
             Samples drawn for the row's prompt (B).
+        prompt_mean (`torch.Tensor` of shape `[N, H]`, *optional*):
+            Mean over the prompt's tokens of what `hidden` holds of the last; policies that pool by mean read it.
+        uniform (`torch.Tensor` of shape `[N]`, `torch.float64`, *optional*):
+            Numbers of [0, 1) that decide what a policy draws; without them it draws from torch's generator.
     """
 
     hidden: torch.Tensor
     logits: torch.Tensor | None = None
     remaining_tokens: torch.Tensor | None = None
     parallel_samples: torch.Tensor | None = None
+    prompt_mean: torch.Tensor | None = None
+    uniform: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """
+    What an action policy makes of a [`DecodeState`] before its first layer, small enough to be kept for training.
+
+    Args:
+        context (`torch.Tensor` of shape `[N, W]`, `torch.float32`): The features that the policy reads.
+        remaining_tokens, parallel_samples (`torch.Tensor` of shape `[N]`, `torch.long`, *optional*): The budgets.
+    """
+
+    context: torch.Tensor
+    remaining_tokens: torch.Tensor | None = None
+    parallel_samples: torch.Tensor | None = None
+
+    def select(self, rows: torch.Tensor) -> Observation:
+        """The observations of `rows` (index or mask of shape `[M]`)."""
+        remaining, samples = (None if v is None else v[rows] for v in (self.remaining_tokens, self.parallel_samples))
+        return Observation(self.context[rows], remaining, samples)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,10 @@ def state(rows=6, tokens=None, samples=None, seed=0):
     return DecodeState(hidden, logits, tokens, samples)
 
 
+def logits_of(policy, one):
+    return policy.action_logits(policy.observe(one))
+
+
 @torch.no_grad()
 def randomise(policy, seed=0, scale=3.0):
     """Output weights that make the actions differ strongly from row to row."""
@@ -82,8 +86,8 @@ def test_the_twin_without_a_budget_differs_by_the_encoder_alone():
     assert extra
     assert all(name.startswith("budget_encoder.") for name in extra)
     one, other = state(tokens=[3] * 6), state(tokens=[40] * 6)
-    assert torch.equal(randomise(twin).action_logits(one), twin.action_logits(other))
-    assert not torch.equal(randomise(told).action_logits(one), told.action_logits(other))
+    assert torch.equal(logits_of(randomise(twin), one), logits_of(twin, other))
+    assert not torch.equal(logits_of(randomise(told), one), logits_of(told, other))
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -91,27 +95,27 @@ def test_the_twin_without_a_budget_differs_by_the_encoder_alone():
 
 @pytest.mark.parametrize("policy", ["token_actions", "sequence_actions"])
 def test_a_fresh_policy_is_uniform(policy):
-    assert (make(policy).action_logits(state()) == 0).all()
+    assert (logits_of(make(policy), state()) == 0).all()
 
 
 def test_actions_are_drawn_with_their_probabilities():
     torch.manual_seed(1)
     policy = randomise(make(action_temperature=2.0), scale=1.0)
     one = state(1)
-    wanted = policy.action_logits(one).softmax(-1)[0]
-    many = DecodeState(*(t.expand(20_000, *t.shape[1:]) for t in vars(one).values()))
+    wanted = logits_of(policy, one).softmax(-1)[0]
+    many = DecodeState(*(None if t is None else t.expand(20_000, *t.shape[1:]) for t in vars(one).values()))
     drawn = torch.bincount(policy(many).action, minlength=3) / 20_000
     # Five standard deviations of a share: a false alarm in 1 of 500,000 runs, and the seed is fixed.
     assert (drawn - wanted).abs().max() < 5 * 0.5 / 20_000**0.5
     torch.manual_seed(1)
-    sharper = randomise(make(action_temperature=0.5), scale=1.0).action_logits(one)
-    torch.testing.assert_close(sharper, 4 * policy.action_logits(one))
+    sharper = logits_of(randomise(make(action_temperature=0.5), scale=1.0), one)
+    torch.testing.assert_close(sharper, 4 * logits_of(policy, one))
 
 
 def test_a_deterministic_policy_takes_the_likeliest_action():
     policy = randomise(make(deterministic=True))
     found = policy(state())
-    assert torch.equal(found.action, policy.action_logits(state()).argmax(-1))
+    assert torch.equal(found.action, logits_of(policy, state()).argmax(-1))
     for row, action in enumerate(found.action.tolist()):
         assert found.temperature[row] == pytest.approx(ACTIONS[action]["temperature"])
         assert found.top_k[row] == ACTIONS[action].get("top_k", 0)
@@ -121,16 +125,16 @@ def test_a_deterministic_policy_takes_the_likeliest_action():
 @pytest.mark.parametrize("features", [["hidden"], ["entropy"], ["statistics"], ["hidden", "statistics"]], ids="+".join)
 def test_rows_depend_on_themselves_alone(features):
     policy = randomise(make(features=features))
-    whole = policy.action_logits(state(8))
-    alone = DecodeState(*(value[3:4] for value in vars(state(8)).values()))
-    torch.testing.assert_close(policy.action_logits(alone), whole[3:4])
+    whole = logits_of(policy, state(8))
+    alone = DecodeState(*(None if value is None else value[3:4] for value in vars(state(8)).values()))
+    torch.testing.assert_close(logits_of(policy, alone), whole[3:4])
 
 
 def test_entropy_alone_hides_the_hidden_state():
     policy = randomise(make(features=["entropy"]))
     one, other = state(seed=0), state(seed=1)
     mixed = DecodeState(other.hidden, one.logits, one.remaining_tokens, one.parallel_samples)
-    assert torch.equal(policy.action_logits(one), policy.action_logits(mixed))
+    assert torch.equal(logits_of(policy, one), logits_of(policy, mixed))
 
 
 def test_sure_tokens_are_greedy_and_carry_no_action():
@@ -145,16 +149,16 @@ def test_sure_tokens_are_greedy_and_carry_no_action():
 
 def test_dropout_acts_in_training_alone():
     policy = randomise(make(policy_dropout=0.5))
-    assert torch.equal(policy.action_logits(state()), policy.action_logits(state()))
+    assert torch.equal(logits_of(policy, state()), logits_of(policy, state()))
     policy.train()
-    assert not torch.equal(policy.action_logits(state()), policy.action_logits(state()))
+    assert not torch.equal(logits_of(policy, state()), logits_of(policy, state()))
 
 
 def test_half_precision_states_and_weights_give_fp32_logits():
     policy = randomise(make())
     half = DecodeState(state().hidden.bfloat16(), None, state().remaining_tokens)
-    assert policy.action_logits(half).dtype == torch.float32
-    assert policy.bfloat16().action_logits(half).dtype == torch.float32
+    assert logits_of(policy, half).dtype == torch.float32
+    assert logits_of(policy.bfloat16(), half).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 # Each layer may import itself and the layers before it.
 LAYERS = (
     ("_version", "types", "errors"),
-    ("configuration", "warping", "features", "budget", "actions"),
+    ("configuration", "warping", "features", "budget", "actions", "randomness"),
     ("policies",),
     ("tap", "sampler", "projection", "losses", "hub"),
     ("generation", "modeling"),

@@ -17,8 +17,10 @@ class Completion:
         token_ids (`tuple` of `int`): New tokens, the end-of-sequence token included if it came.
         ended (`bool`): Whether it ended by itself rather than by its token budget.
         temperature (`np.ndarray` of shape `[len(token_ids)]`, `float32`, *optional*):
-            What each token was sampled with, where an adapter decided.
+            What each token was sampled with.
         top_p (`np.ndarray` of shape `[len(token_ids)]`, `float32`, *optional*): The same.
+        action (`np.ndarray` of shape `[len(token_ids)]`, `int64`, *optional*):
+            Which of its actions a policy took, -1 where it left the decision; `None` for policies without actions.
     """
 
     text: str
@@ -26,3 +28,4 @@ class Completion:
     ended: bool
     temperature: np.ndarray | None = None
     top_p: np.ndarray | None = None
+    action: np.ndarray | None = None

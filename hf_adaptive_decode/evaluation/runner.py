@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..engines.base import Completion
 from ..engines.transformers import complete
+from ..policies import DecodingPolicy
 from .metrics import Interval, bootstrap_interval, pass_at_k
 
 Reward = Callable[..., Sequence[float | None]]
@@ -24,11 +25,13 @@ class Decoder:
 
     Args:
         name (`str`): What tables call it.
-        settings (mapping, *optional*): Static sampling parameters; `None` is the model's adapter.
+        settings (mapping, *optional*): Static sampling parameters.
+        policy ([`DecodingPolicy`], *optional*): A policy. With neither, the model's adapter decides.
     """
 
     name: str
     settings: Settings | None = None
+    policy: DecodingPolicy | None = None
 
 
 GREEDY = Decoder("greedy", {"temperature": 0.0})
@@ -77,7 +80,8 @@ def run_decoder(
     decoder: Decoder,
     *,
     samples: int,
-    token_budget: int,
+    token_budget: int | Sequence[int],
+    parallel_budget: int | None = None,
     seed: int = 0,
     batch_rows: int = 256,
     show_progress: bool = True,
@@ -90,7 +94,7 @@ def run_decoder(
         problems (sequence of mappings): Rows with a `prompt` and whatever columns the reward needs.
         reward (`Callable`): In TRL's signature; a reward of at least 1 counts as correct.
         decoder ([`Decoder`]): How to decode.
-        samples, token_budget, seed, batch_rows: As [`~engines.transformers.complete`] takes them.
+        samples, token_budget, parallel_budget, seed, batch_rows: As [`~engines.transformers.complete`] takes them.
         show_progress (`bool`): Whether to show a progress bar.
     """
     completions = complete(
@@ -99,7 +103,9 @@ def run_decoder(
         [row["prompt"] for row in problems],
         samples=samples,
         token_budget=token_budget,
+        parallel_budget=parallel_budget,
         settings=decoder.settings,
+        policy=decoder.policy,
         seed=seed,
         batch_rows=batch_rows,
         description=decoder.name if show_progress else None,

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Odd 64-bit multipliers of the splitmix64 generator, as the signed integers that torch stores.
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+from ..randomness import GOLDEN, MIX_1, mix, shift_right
 
 # Tokens of a vocabulary row are looked at in strided groups of this many: one vectorised pass finds every group's
 # maximum, and only groups that can hold what is searched are opened.
@@ -42,18 +39,6 @@ def is_easy_token(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return easy
 
 
-def _mix(values: torch.Tensor) -> torch.Tensor:
-    """The splitmix64 finaliser: a bijection on 64-bit integers whose output bits each depend on every input bit."""
-    values = (values ^ _shift_right(values, 30)) * _MIX_1
-    values = (values ^ _shift_right(values, 27)) * _MIX_2
-    return values ^ _shift_right(values, 31)
-
-
-def _shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
-    # torch has no unsigned 64-bit shift: shift the sign in, then clear it.
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def stable_mask_uniform(input_ids: torch.Tensor, step_seed: int) -> torch.Tensor:
     r"""
     `u[b, t] = hash(step_seed, t, input_ids[b, :t + 1])`, uniform on [0, 1).
@@ -71,9 +56,9 @@ def stable_mask_uniform(input_ids: torch.Tensor, step_seed: int) -> torch.Tensor
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have shape [batch, length]. Got {tuple(input_ids.shape)}.")
-    position = torch.arange(input_ids.shape[1], device=input_ids.device, dtype=torch.int64) * _GOLDEN
+    position = torch.arange(input_ids.shape[1], device=input_ids.device, dtype=torch.int64) * GOLDEN
     seed = torch.tensor([step_seed % (1 << 63)], device=input_ids.device, dtype=torch.int64)
-    token_hash = _mix(input_ids.to(torch.int64) * _MIX_1 + position)
+    token_hash = mix(input_ids.to(torch.int64) * MIX_1 + position)
     prefix_hash = token_hash.cumsum(dim=1)  # wraps around, as a hash may
-    bits = _mix(_mix(prefix_hash + position) + _mix(seed * _GOLDEN + 1))
-    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+    bits = mix(mix(prefix_hash + position) + mix(seed * GOLDEN + 1))
+    return shift_right(bits, 40).to(torch.float32) * 2.0**-24

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import BudgetError
-from ..types import DecodeState
+from ..types import Observation
 
 WIDTH = 32
 # The encoding stands beside hundreds of components of the hidden state and has to be heard among them.
@@ -48,12 +48,12 @@ class BudgetEncoder(nn.Module):
         self.out = nn.Linear(WIDTH, WIDTH, dtype=torch.float32)
         self._warned = False
 
-    def forward(self, state: DecodeState) -> torch.Tensor:
+    def forward(self, state: Observation) -> torch.Tensor:
         """
-        Encoding `[N, WIDTH]`, `torch.float32`, of the state's budgets.
+        Encoding `[N, WIDTH]`, `torch.float32`, of the observed budgets.
 
         Raises:
-            [`BudgetError`]: If the state lacks a budget that the policy was made to know.
+            [`BudgetError`]: If a budget is missing that the policy was made to know.
         """
         budgets = {"tokens": state.remaining_tokens, "samples": state.parallel_samples}
         codes = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
 import torch
 
 from ..configuration import ACTION_FIELDS, AutoDecoConfig
@@ -16,7 +19,8 @@ class StaticPolicy(DecodingPolicy):
     """
     One action for every token, or for each token one drawn from `config.actions` with `config.action_weights`.
 
-    The draw comes from torch's default generator of the hidden state's device, as sampling itself does.
+    The draw is the state's, or else comes from torch's default generator of the hidden state's device. With
+    `max_prob_mask` the masked static: greedy wherever the base model is surer than that.
     """
 
     weights: torch.Tensor
@@ -34,14 +38,53 @@ class StaticPolicy(DecodingPolicy):
         """A static policy records which of its actions a token was sampled with."""
         return True
 
+    @property
+    def needs_logits(self) -> bool:
+        """Logits are read to see where the model is sure."""
+        return self.config.max_prob_mask is not None
+
     def forward(self, state: DecodeState) -> SamplingParameters:
         """Parameters and `action` of shape `[N]`."""
         rows = state.hidden.shape[0]
         if self.weights.numel() == 1:
             action = torch.zeros(rows, dtype=torch.long, device=self.weights.device)
         else:
-            action = torch.multinomial(self.weights, rows, replacement=True)
-        return take_action(self, action)
+            action = draw(self.weights.expand(rows, -1), state.uniform)
+        parameters = take_action(self, action)
+        limit = self.config.max_prob_mask
+        return parameters if limit is None else greedy_where(is_sure(state, limit), parameters)
+
+
+def draw(probabilities: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    One column of each row, `[N]`, `torch.long`, with the row's probabilities.
+
+    Args:
+        probabilities (`torch.Tensor` of shape `[N, K]`): Of any positive sum.
+        uniform (`torch.Tensor` of shape `[N]`, `torch.float64`, *optional*):
+            Numbers of [0, 1) that decide, by inverting the distribution function; else torch's generator does.
+    """
+    if uniform is None:
+        return torch.multinomial(probabilities, 1).squeeze(-1)
+    # In double precision, since a column that is rarer than the sum's last bit must not be lost or favoured.
+    total = probabilities.double().cumsum(-1)
+    target = uniform.to(total.device)[:, None] * total[:, -1:]
+    return torch.searchsorted(total, target, right=True).squeeze(-1).clamp_(max=probabilities.shape[-1] - 1)
+
+
+def is_sure(state: DecodeState, limit: float) -> torch.Tensor:
+    """Rows `[N]` in which the base model's largest probability is above `limit`."""
+    logits = cast(torch.Tensor, state.logits).float()
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp() > limit
+
+
+def greedy_where(sure: torch.Tensor, parameters: SamplingParameters) -> SamplingParameters:
+    """`parameters` with temperature 0, and action -1, in the rows of `sure` `[N]`."""
+    temperature = parameters.temperature
+    if not isinstance(temperature, torch.Tensor):
+        temperature = torch.ones_like(sure, dtype=torch.float32)
+    action = cast(torch.Tensor, parameters.action).masked_fill(sure, -1)
+    return replace(parameters, temperature=temperature.masked_fill(sure, 0.0), action=action)
 
 
 def action_columns(actions: list[dict[str, float]]) -> dict[str, torch.Tensor]:
