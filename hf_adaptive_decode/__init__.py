@@ -17,6 +17,8 @@ _WHERE = {
     "Budget": "types",
     "DecodeState": "types",
     "DecodingTrace": "types",
+    "REINFORCEDecodingTrainer": "training",
+    "REINFORCEDecodingTrainingArguments": "training",
     "SamplingParameters": "types",
 }
 __all__ = ["__version__", *_WHERE]
@@ -27,7 +29,12 @@ if TYPE_CHECKING:
     from .configuration import AutoDecoConfig
     from .modeling import AutoDecoForCausalLM
     from .sampler import AdaptiveSamplerLogitsProcessor
-    from .training import AutoDecoTrainer, AutoDecoTrainingArguments
+    from .training import (
+        AutoDecoTrainer,
+        AutoDecoTrainingArguments,
+        REINFORCEDecodingTrainer,
+        REINFORCEDecodingTrainingArguments,
+    )
     from .types import Budget, DecodeState, DecodingTrace, SamplingParameters
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .budget import resolve_budget
 from .configuration import AutoDecoConfig, read_config
+from .detour import Detour
 from .errors import AdapterConfigError, AdapterLoadError, UnsupportedGenerationError
 from .generation import (
     GenerationSession,
@@ -40,7 +41,7 @@ else:
     _Base = object
 
 
-class AutoDecoForCausalLM(_Base):
+class AutoDecoForCausalLM(Detour, _Base):
     """
     A causal language model that decides for itself how each token is sampled.
 

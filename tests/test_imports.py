@@ -22,7 +22,7 @@ LAYERS = (
     ("configuration", "warping", "features", "budget", "actions", "randomness"),
     ("policies",),
     ("tap", "sampler", "projection", "losses", "hub"),
-    ("generation", "modeling"),
+    ("generation", "detour", "modeling"),
     ("engines", "rewards"),
     ("training", "evaluation"),
     ("cli",),

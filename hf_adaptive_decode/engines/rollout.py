@@ -65,6 +65,19 @@ class Decisions:
     row: torch.Tensor
     step: torch.Tensor
 
+    @staticmethod
+    def join(parts: list[Decisions]) -> Decisions:
+        """Several, one behind the other."""
+
+        def column(name: str) -> torch.Tensor | None:
+            values = [vars(part.seen)[name] for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        context = torch.cat([part.seen.context for part in parts])
+        seen = Observation(context, column("remaining_tokens"), column("parallel_samples"))
+        rest = {name: torch.cat([vars(part)[name] for part in parts]) for name in ("action", "row", "step")}
+        return Decisions(seen, **rest)
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -227,16 +240,5 @@ class _Decoding:
     def _result(self, steps: int) -> Decoded:
         tokens = self.tokens[:, :steps]
         traces = {name: column[:, :steps] for name, column in self.traces.items()}
-        decisions = _join(self.decisions) if self.decisions else None
+        decisions = Decisions.join(self.decisions) if self.decisions else None
         return Decoded(tokens, (tokens >= 0).sum(1), self.ended, decisions=decisions, **traces)
-
-
-def _join(parts: list[Decisions]) -> Decisions:
-    def column(name: str) -> torch.Tensor | None:
-        values = [vars(part.seen)[name] for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
-    context = torch.cat([part.seen.context for part in parts])
-    seen = Observation(context, column("remaining_tokens"), column("parallel_samples"))
-    rest = {name: torch.cat([vars(part)[name] for part in parts]) for name in ("action", "row", "step")}
-    return Decisions(seen, **rest)

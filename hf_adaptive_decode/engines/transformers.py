@@ -61,8 +61,7 @@ def complete(
     Raises:
         [`BudgetError`]: If a budget is not a positive whole number, or there is not one token budget a prompt.
 
-    Returns:
-        A list of `samples` [`Completion`] for each prompt, in the order of `prompts`.
+    Returns: A list of `samples` [`Completion`] for each prompt, in the order of `prompts`.
     """
     budgets = resolve_budget(Budget(tokens=token_budget, samples=samples), prompts=len(prompts)).tokens or ()
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -78,9 +77,9 @@ def complete(
         for batch in (order[start : start + size] for start in range(0, len(order), size)):
             rows = _rows(batch, encoded, budgets, drawn, parallel_budget or samples, seed)
             decoded = decode(model, policy, rows, **special_tokens(model, tokenizer), records="parameters")
-            completions = as_completions(decoded, tokenizer)
+            flat = as_completions(decoded, tokenizer)
             for position, index in enumerate(batch):
-                own = completions[position * drawn : (position + 1) * drawn]
+                own = flat[position * drawn : (position + 1) * drawn]
                 found[index] = own * samples if greedy else own
             bar.update(len(batch))
     return found

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..configuration import AutoDecoConfig
 from ..errors import AdaptiveDecodeError
-from ..hub.store import WEIGHTS_FILE, load_into
 from ..losses import IGNORE_INDEX, DecodingLossOutput, chunked_decoding_loss, stable_mask_uniform
 from ..modeling import AutoDecoForCausalLM
 from ..projection import FrozenProjection
 from ..types import DecodeState
 from .arguments import AutoDecoTrainingArguments
+from .checkpoints import AdapterTrainer
 from .data import DecodingDataCollator, tokenized
 
 _SUMS = ("temperature", "temperature_square", "top_p", "top_p_square", "temperature_loss", "top_p_loss")
 
 
-class AutoDecoTrainer(Trainer):
+class AutoDecoTrainer(AdapterTrainer):
     """
     Trains a model's decoding heads end to end on the soft top-p distribution (AutoDeco, section 2.1).
 
@@ -164,10 +162,3 @@ class AutoDecoTrainer(Trainer):
                 logs[f"{prefix}{name}"] = float(sums[name]) / kept
             logs[f"{prefix}kept_fraction"] = kept / sums["valid"]
         super().log(logs, *args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = cast(AutoDecoForCausalLM, model if model is not None else self.model)
-        load_into(target.decoding_adapter, Path(resume_from_checkpoint, WEIGHTS_FILE))
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint))

@@ -1,0 +1,95 @@
+"""What the trainers share: checkpoints that are whole or not there, and a loss that runs as the wrapped model's forward;
+knows the Trainer's files, no loss and no rollout.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..hub.store import WEIGHTS_FILE, load_into
+from ..modeling import AutoDecoForCausalLM
+
+_STAGING = ".saving"
+_STATE_FILE = "trainer_state.json"
+
+
+class AdapterTrainer(Trainer):
+    """
+    A [`~transformers.Trainer`] whose checkpoints hold an adapter in place of a model.
+
+    A checkpoint is written beside the others under another name, brought to disk and renamed at the end, so that a
+    killed process leaves either the whole of it or nothing that counts as one.
+    """
+
+    _is_staging = False
+
+    def save_extra_state(self, folder: Path) -> None:
+        """Writes what the trainer keeps beyond the Trainer's own state; nothing by default."""
+
+    def load_extra_state(self, folder: Path) -> None:
+        """Reads what [`~save_extra_state`] wrote."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = cast(str, super()._get_output_dir(trial=trial))
+        return os.path.join(folder, _STAGING) if self._is_staging else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        staging, name = run / _STAGING, f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.save_extra_state(staging / name)
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(run / name)
+                self.state.save_to_json(str(staging / name / _STATE_FILE))
+            _publish(staging / name, run / name)
+            staging.rmdir()
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = cast(AutoDecoForCausalLM, model if model is not None else self.model)
+        load_into(target.decoding_adapter, Path(resume_from_checkpoint, WEIGHTS_FILE))
+        self.load_extra_state(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint))
+
+
+def _publish(staged: Path, final: Path) -> None:
+    """Renames a folder once everything in it is on disk; one that has the name already makes way."""
+    for path in staged.rglob("*"):
+        _flush(path)
+    _flush(staged)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(staged, final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,60 @@
+"""Leaves out prompts that the base model always or never solves; knows rollouts' settings, no gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Subset
+
+from ..engines.transformers import complete
+from .data import DataFormatError
+from .reinforce_arguments import REINFORCEDecodingTrainingArguments
+from .rollouts import RolloutMaker
+
+
+def prefiltered(
+    maker: RolloutMaker, dataset: Any, args: REINFORCEDecodingTrainingArguments
+) -> tuple[Subset[dict[str, Any]], float]:
+    """
+    The prompts whose mean reward under plain sampling lies within `args.prefilter_range` (section 2.3), and what part
+    of all they are.
+
+    Sampled without a template, at the largest token budget. A prompt without a reward is left out.
+
+    Raises:
+        [`DataFormatError`]: If none is left.
+    """
+    items = [dataset[index] for index in range(len(dataset))]
+    samples = args.prefilter_samples
+    completions = complete(
+        maker.model,
+        maker.tokenizer,
+        [item["prompt"] for item in items],
+        samples=samples,
+        token_budget=maker.drawer.largest_tokens,
+        settings={"temperature": 1.0},
+        seed=args.seed,
+        batch_rows=args.rollout_batch_rows or 256,
+        description=None if args.disable_tqdm else "filtering prompts",
+    )
+    rows = [(item, one) for item, group in zip(items, completions, strict=True) for one in group]
+    rewards = maker.rewards(
+        prompts=[item["prompt"] for item, _ in rows],
+        completions=[
+            one.text if isinstance(item["prompt"], str) else [{"role": "assistant", "content": one.text}]
+            for item, one in rows
+        ],
+        completion_ids=[list(one.token_ids) for _, one in rows],
+        columns={name: [item["columns"][name] for item, _ in rows] for name in items[0]["columns"]},
+        groups=[item["index"] for item, _ in rows],
+    )
+    rates = rewards.total.reshape(len(items), samples).mean(axis=1)  # NaN compares as outside
+    low, high = args.prefilter_range
+    kept = np.flatnonzero((rates >= low) & (rates <= high)).tolist()
+    if not kept:
+        raise DataFormatError(
+            f"none of {len(items)} prompts has a mean reward within `prefilter_range` = [{low}, {high}] over "
+            f"`prefilter_samples` = {samples}; widen the range, raise `budget`, or check the reward."
+        )
+    return Subset(dataset, kept), len(kept) / len(items)

@@ -1,0 +1,71 @@
+"""What of a rollout is logged and written down; knows rollouts and policies, nothing of training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..policies.action_policy import ActionPolicy
+from .rollouts import Rollout
+
+
+def rollout_metrics(rollout: Rollout, names: list[str], policy: ActionPolicy) -> dict[str, float]:
+    """
+    Scalars by name, where TRL logs the same under TRL's name; NaN where there is nothing to report.
+
+    `objective` is what B samples are worth, with `objective/B=4` for prompts with that B; `action/2` the part of the
+    decisions that took action 2; `kept_fraction` the part of the prompts that are learned from.
+    """
+    total = rollout.table[np.isfinite(rollout.table)]
+    found = {
+        "reward": _mean(total),
+        "reward_std": _mean(rollout.table.std(axis=1)),
+        "objective": _mean(rollout.value),
+        "kept_fraction": float(rollout.kept.mean()),
+        "frac_reward_zero_std": _mean((rollout.table == rollout.table[:, :1]).all(axis=1)),
+        "rewards/skipped": float(rollout.rewards.skipped),
+        "completions/mean_length": _mean([len(one.token_ids) for one in rollout.completions]),
+        "completions/clipped_ratio": _mean([not one.ended for one in rollout.completions]),
+        "decisions_per_completion": 0.0,
+    }
+    for name, values in zip(names, rollout.rewards.values, strict=True):
+        found[f"rewards/{name}/mean"] = _mean(values)
+    budgets = np.unique(rollout.parallel)
+    if len(budgets) > 1:
+        found |= {f"objective/B={b}": _mean(rollout.value[rollout.parallel == b]) for b in budgets.tolist()}
+    if rollout.decisions is not None:
+        taken = rollout.decisions.action
+        found["decisions_per_completion"] = len(taken) / len(rollout.completions)
+        counts = torch.bincount(taken, minlength=len(policy.config.actions or [])).tolist()
+        found |= {f"action/{action}": count / len(taken) for action, count in enumerate(counts)}
+    return found | rollout.rewards.metrics
+
+
+def write_completions(rollout: Rollout, names: list[str], path: Path) -> None:
+    """Writes every completion with its rewards, one JSON object a line."""
+    lines = []
+    samples = rollout.table.shape[1]
+    for number, one in enumerate(rollout.completions):
+        draw = rollout.draws[number // samples]
+        values = zip(names, rollout.rewards.values[:, number].tolist(), strict=True)
+        row = {
+            "prompt": draw.prompt,
+            "completion": one.text,
+            "budget": draw.tokens,
+            "parallel_budget": draw.samples,
+            "ended": one.ended,
+            "rewards": {name: None if np.isnan(value) else value for name, value in values},
+            **{name: column[number] for name, column in rollout.rewards.extra.items()},
+        }
+        lines.append(json.dumps(row, ensure_ascii=False, default=str))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _mean(values: object) -> float:
+    numbers = np.asarray(values, dtype=np.float64)
+    numbers = numbers[np.isfinite(numbers)]
+    return float(numbers.mean()) if numbers.size else float("nan")

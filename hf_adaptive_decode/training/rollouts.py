@@ -1,0 +1,182 @@
+"""A batch of prompts, decoded and rewarded; knows engines, rewards and credit, nothing of gradients or trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..engines.base import Completion
+from ..engines.rollout import Decisions, Rows, decode
+from ..engines.transformers import as_completions, encode_prompt, special_tokens
+from ..policies.action_policy import ActionPolicy
+from ..randomness import row_key
+from ..rewards.calls import RewardFunctions, Rewards
+from .credit import group_value
+from .prompts import Draw, Drawer
+
+Item = dict[str, Any]  # index, prompt, columns
+AnswerOf = Callable[[str], Hashable]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    What a batch of `G` prompts brought, `n` completions of each.
+
+    Args:
+        items (list of `dict`), draws (list of [`Draw`]): The prompts, and what each was given.
+        completions (list of [`Completion`]): `G · n`, prompt by prompt.
+        decisions ([`Decisions`], *optional*): Of all rows; `None` if the policy never decided.
+        rewards ([`Rewards`]): Of all completions.
+        table (`np.ndarray` of shape `[G, n]`, `float64`): Total rewards.
+        parallel (`np.ndarray` of shape `[G]`, `int64`): B.
+        kept (`np.ndarray` of shape `[G]`, `bool`): Prompts to learn from.
+        value (`np.ndarray` of shape `[G]`, `float64`): What B samples are worth, NaN where a reward is missing.
+        scores, answers: What the aggregation needs besides.
+    """
+
+    items: list[Item]
+    draws: list[Draw]
+    completions: list[Completion]
+    decisions: Decisions | None
+    rewards: Rewards
+    table: np.ndarray
+    parallel: np.ndarray
+    kept: np.ndarray
+    value: np.ndarray
+    scores: np.ndarray | None
+    answers: list[list[Hashable]] | None
+
+
+class RolloutMaker:
+    """
+    Decodes and rewards batches; a completion's draws depend on its prompt's index, the step and its own number alone.
+
+    Args:
+        model ([`AutoDecoForCausalLM`]), tokenizer: The model, with an action policy, and its tokenizer.
+        rewards ([`RewardFunctions`]): The rewards.
+        drawer ([`Drawer`]): Decides budgets and templates.
+        samples (`int`): Completions of each prompt.
+        aggregation (`str`): As [`~training.credit.credit`] takes it.
+        scorer ([`RewardFunctions`], *optional*), answer_of (`Callable`, *optional*): For `"best_of"`, `"majority"`.
+        drop_equal (`bool`): Whether prompts whose samples all earned the same are not kept.
+        batch_rows (`int`, *optional*): Most rows decoded at once.
+        chat_template_kwargs (`dict`, *optional*): For conversational prompts.
+        seed (`int`): For other draws.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        rewards: RewardFunctions,
+        drawer: Drawer,
+        *,
+        samples: int,
+        aggregation: str = "mean",
+        scorer: RewardFunctions | None = None,
+        answer_of: AnswerOf | None = None,
+        drop_equal: bool = True,
+        batch_rows: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.tokenizer, self.rewards, self.drawer = model, tokenizer, rewards, drawer
+        self.samples, self.aggregation, self.scorer, self.answer_of = samples, aggregation, scorer, answer_of
+        self.drop_equal, self.batch_rows = drop_equal, batch_rows
+        self.chat_template_kwargs, self.seed = chat_template_kwargs, seed
+
+    def roll_out(self, policy: ActionPolicy, items: Sequence[Item], step: int, trainer_state: Any = None) -> Rollout:
+        """Decodes and rewards one batch; the policy is in evaluation mode meanwhile."""
+        draws = [self.drawer.draw(item["index"], step, item["prompt"]) for item in items]
+        was_training = policy.training
+        policy.eval()
+        try:
+            completions, decisions = self._decode(policy, items, draws, step)
+        finally:
+            policy.train(was_training)
+        shape = (len(items), self.samples)
+        rewards = self._score(self.rewards, items, draws, completions, trainer_state)
+        table = rewards.total.reshape(shape)
+        scores = answers = None
+        if self.aggregation == "best_of":
+            scorer = cast(RewardFunctions, self.scorer)
+            scores = self._score(scorer, items, draws, completions, trainer_state).total.reshape(shape)
+        if self.aggregation == "majority":
+            answer_of = cast(AnswerOf, self.answer_of)
+            found = [answer_of(one.text) for one in completions]
+            answers = [found[i : i + self.samples] for i in range(0, len(found), self.samples)]
+        parallel = np.array([draw.samples for draw in draws])
+        known = np.isfinite(table).all(axis=1) & (True if scores is None else ~np.isnan(scores).any(axis=1))
+        value = np.full(len(items), np.nan)
+        if known.any():
+            value[known] = group_value(table[known], *self.of_groups(known, parallel, scores, answers))
+        kept = known & (table != table[:, :1]).any(axis=1) if self.drop_equal else known
+        return Rollout(
+            list(items), draws, completions, decisions, rewards, table, parallel, kept, value, scores, answers
+        )
+
+    def of_groups(
+        self, which: np.ndarray, parallel: np.ndarray, scores: np.ndarray | None, answers: list[Any] | None
+    ) -> tuple[np.ndarray, str, np.ndarray | None, list[Any] | None]:
+        """The arguments of [`~training.credit.credit`] after the rewards, for some of the groups."""
+        # What one sample is worth has no B, and a policy may be told a B above the samples that training draws.
+        parallel = np.ones_like(parallel) if self.aggregation == "mean" else parallel
+        chosen = None if answers is None else [group for group, take in zip(answers, which, strict=True) if take]
+        return parallel[which], self.aggregation, None if scores is None else scores[which], chosen
+
+    def _decode(
+        self, policy: ActionPolicy, items: Sequence[Item], draws: Sequence[Draw], step: int
+    ) -> tuple[list[Completion], Decisions | None]:
+        encoded = [encode_prompt(self.tokenizer, draw.prompt, self.chat_template_kwargs) for draw in draws]
+        group = len(items) if self.batch_rows is None else max(1, self.batch_rows // self.samples)
+        completions: list[Completion] = []
+        parts: list[Decisions] = []
+        special = special_tokens(self.model, self.tokenizer)
+        device = self.model.device
+        for start in range(0, len(items), group):
+            part = range(start, min(start + group, len(items)))
+            prompt = torch.arange(len(part), device=device).repeat_interleave(self.samples)
+            rows = Rows(
+                [encoded[i] for i in part],
+                prompt,
+                torch.tensor([draws[i].tokens for i in part], device=device)[prompt],
+                torch.tensor([draws[i].samples for i in part], device=device)[prompt],
+                torch.tensor(
+                    [row_key(self.seed, step, items[i]["index"], sample) for i in part for sample in range(self.samples)],
+                    device=device,
+                ),
+            )
+            decoded = decode(self.model, policy, rows, **special, records="decisions")
+            if decoded.decisions is not None:
+                parts.append(replace(decoded.decisions, row=decoded.decisions.row + start * self.samples))
+            completions += as_completions(decoded, self.tokenizer)
+        return completions, Decisions.join(parts) if parts else None
+
+    def _score(
+        self,
+        rewards: RewardFunctions,
+        items: Sequence[Item],
+        draws: Sequence[Draw],
+        completions: Sequence[Completion],
+        trainer_state: Any,
+    ) -> Rewards:
+        owner = [group for group in range(len(items)) for _ in range(self.samples)]
+        plain = [isinstance(draw.prompt, str) for draw in draws]
+        names = items[0]["columns"]
+        return rewards(
+            prompts=[draws[group].prompt for group in owner],
+            completions=[
+                one.text if plain[group] else [{"role": "assistant", "content": one.text}]
+                for group, one in zip(owner, completions, strict=True)
+            ],
+            completion_ids=[list(one.token_ids) for one in completions],
+            columns={name: [items[group]["columns"][name] for group in owner] for name in names},
+            groups=[items[group]["index"] for group in owner],
+            trainer_state=trainer_state,
+        )
