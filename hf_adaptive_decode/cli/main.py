@@ -16,6 +16,7 @@ from ..errors import AdaptiveDecodeError
 COMMANDS = {
     "demo": "train heads on the embedded model and compare them with every baseline",
     "env": "print what a bug report needs",
+    "select-actions": "choose an action set by greedy coverage on validation problems",
 }
 
 

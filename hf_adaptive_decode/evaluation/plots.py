@@ -13,7 +13,7 @@ _CURVES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("greedy_coverage", "greedy coverage", {"color": "#0072B2", "marker": "o", "linestyle": "-"}),
     ("top_by_mean", "top k by mean reward", {"color": "#D55E00", "marker": "s", "linestyle": "--"}),
 )
-_LABELLED = 12  # up to so many numbers of actions each have a tick of their own
+_LABELLED = 20  # up to so many numbers of actions each have a tick of their own
 
 
 def plot_coverage(curve: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) -> None:
@@ -33,7 +33,7 @@ def plot_coverage(curve: Mapping[str, Sequence[float]], path: str | os.PathLike[
         from matplotlib.ticker import FixedLocator, MaxNLocator
     except ImportError as error:
         raise MissingExtraError("matplotlib", "viz") from error
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    figure = Figure(figsize=(6.0, 4.0), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     ks = curve["k"]
@@ -46,5 +46,5 @@ def plot_coverage(curve: Mapping[str, Sequence[float]], path: str | os.PathLike[
     axes.xaxis.set_major_locator(FixedLocator(ks) if len(ks) <= _LABELLED else MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="best", frameon=False)
     canvas.print_png(os.fspath(path))

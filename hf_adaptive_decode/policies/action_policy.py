@@ -14,7 +14,7 @@ from ..errors import AdaptiveDecodeError
 from ..features import context, context_width, reads_logits
 from ..types import DecodeState, Observation, SamplingParameters
 from .base import DecodingPolicy
-from .budget_encoder import WIDTH, BudgetEncoder
+from .budget_encoder import BudgetEncoder
 from .static import action_columns, draw, greedy_where, is_sure, take_action
 
 # A prior's probability of 0 would be -inf as a logit, which no training could move.
@@ -45,7 +45,7 @@ class ActionPolicy(DecodingPolicy):
             self.budget_encoder = BudgetEncoder(
                 config.budget_features, config.max_token_budget, config.max_parallel_budget
             )
-            width += WIDTH
+            width += self.budget_encoder.width
         hidden = config.policy_hidden_size
         sizes = [(width, hidden), (hidden, hidden), (hidden, len(actions))]
         self.layers = nn.ModuleList([nn.Linear(*size, dtype=torch.float32) for size in sizes])

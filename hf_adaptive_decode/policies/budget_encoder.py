@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,9 +21,9 @@ _TOKEN_STEPS = 24
 
 class BudgetEncoder(nn.Module):
     """
-    3 · LayerNorm(MLP(thermometer code of the budgets)), a two-layer MLP.
+    3 · LayerNorm(MLP(thermometer code)) for each budget, side by side; the MLP has two layers.
 
-    A thermometer code has one component a threshold, which rises from 0 to 1 as the budget passes from the threshold
+    A thermometer code has one component a threshold, which rises from -1 to 1 as the budget passes from the threshold
     below to this one: budgets between those trained on interpolate. Thresholds stand closer together at small budgets,
     where a token more or less matters; beyond the largest the code is constant.
 
@@ -40,32 +41,42 @@ class BudgetEncoder(nn.Module):
             "tokens": sorted({round(max_tokens ** (i / (_TOKEN_STEPS - 1))) for i in range(_TOKEN_STEPS)}),
             "samples": sorted({min(2**i, max_samples) for i in range(max_samples.bit_length() + 1)}),
         }
+        self.up, self.out = nn.ModuleDict(), nn.ModuleDict()
         for name in self.names:
             thresholds = torch.tensor(scales[name], dtype=torch.float32)
             self.register_buffer(f"{name}_thresholds", thresholds, persistent=False)
-        inputs = sum(len(scales[name]) for name in self.names)
-        self.up = nn.Linear(inputs, WIDTH, dtype=torch.float32)
-        self.out = nn.Linear(WIDTH, WIDTH, dtype=torch.float32)
+            self.up[name] = nn.Linear(len(thresholds), WIDTH, dtype=torch.float32)
+            self.out[name] = nn.Linear(WIDTH, WIDTH, dtype=torch.float32)
+            # What all budgets have in common would drown what tells them apart once the norm is fixed.
+            nn.init.zeros_(self.up[name].bias)
+            nn.init.zeros_(self.out[name].bias)
         self._warned = False
+
+    @property
+    def width(self) -> int:
+        """Width of the encoding."""
+        return WIDTH * len(self.names)
 
     def forward(self, state: Observation) -> torch.Tensor:
         """
-        Encoding `[N, WIDTH]`, `torch.float32`, of the observed budgets.
+        Encoding `[N, width]`, `torch.float32`, of the observed budgets.
 
         Raises:
             [`BudgetError`]: If a budget is missing that the policy was made to know.
         """
         budgets = {"tokens": state.remaining_tokens, "samples": state.parallel_samples}
-        codes = []
+        parts = []
         for name in self.names:
             budget = budgets[name]
             if budget is None:
                 raise BudgetError(
                     f"this policy was trained to know the budget of {name}, and none was given: pass `budget=`."
                 )
-            codes.append(thermometer(budget, self.get_buffer(f"{name}_thresholds")))
-        up = F.silu(F.linear(torch.cat(codes, dim=-1), self.up.weight.float(), self.up.bias.float()))
-        return _SCALE * F.layer_norm(F.linear(up, self.out.weight.float(), self.out.bias.float()), (WIDTH,))
+            code = 2 * thermometer(budget, self.get_buffer(f"{name}_thresholds")) - 1
+            up, out = cast(nn.Linear, self.up[name]), cast(nn.Linear, self.out[name])
+            x = F.silu(F.linear(code, up.weight.float(), up.bias.float()))
+            parts.append(_SCALE * F.layer_norm(F.linear(x, out.weight.float(), out.bias.float()), (WIDTH,)))
+        return torch.cat(parts, dim=-1)
 
     def warn_beyond(self, tokens: int | None, samples: int | None) -> None:
         """Warns once if a budget is beyond what the policy tells apart."""

@@ -1,0 +1,217 @@
+"""
+Cost of the rollout engine, as ratios to transformers' plain `generate` sampling on the same prompts.
+
+    python benchmarks/rollout.py [--json FILE] [--parts a b] [--batch 16 64] [--new-tokens 16] [--pairs 5] [--threads 2]
+
+(a) at fixed length (nothing ends a row, so that all make the same number of tokens), on a random Qwen3 of the 0.6B's
+    shape with peaked logits and on the testbed's base model: `decode` with plain T = 1, and with a per-token action
+    policy that records its decisions for training.
+(b) on the testbed with real ends: there `decode` drops ended rows, which `generate` carries along as padding. Plain
+    sampling draws from the same distribution in all three; the policy's texts are of other lengths.
+
+In each round the decoders take turns, and a ratio is taken within the round, so that a slow minute hits them all.
+"whole" is all of a call, where `decode` reads each prompt once and `generate` once a sample; "step" is a call less one
+of a single token, over the steps between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoding import LOGIT_SPREAD, SHAPES
+from transformers import Qwen3Config, Qwen3ForCausalLM, logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hf_adaptive_decode import AutoDecoConfig, __version__
+from hf_adaptive_decode.actions import ACTION_PRESETS
+from hf_adaptive_decode.engines.rollout import Rows, decode
+from hf_adaptive_decode.policies import DecodingPolicy, build_policy
+from hf_adaptive_decode.randomness import row_key
+from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer
+
+PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+Run = Callable[[int], int]
+
+
+def build_shaped(args: argparse.Namespace) -> Any:
+    """A random model whose distributions are as peaked as a trained model's."""
+    torch.manual_seed(0)
+    shape = {**SHAPES[args.shape], **({"num_hidden_layers": args.layers} if args.layers else {})}
+    config = Qwen3Config(vocab_size=args.vocab, num_key_value_heads=4, head_dim=128, tie_word_embeddings=True, **shape)
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(LOGIT_SPREAD / model.lm_head.weight.norm(dim=1).mean())
+    return model
+
+
+def action_policy(model: Any, preset: str) -> DecodingPolicy:
+    """A fresh per-token policy, which takes its actions uniformly."""
+    hidden = model.get_output_embeddings().weight.shape[1]
+    config = AutoDecoConfig(policy="token_actions", actions=ACTION_PRESETS[preset], hidden_size=hidden)
+    return build_policy(config).eval()
+
+
+class Workload:
+    """Prompts and samples for one model, and ways of decoding them: functions of new tokens that give tokens made."""
+
+    def __init__(self, model: Any, prompts: list[list[int]], samples: int, ends: set[int], actions: str) -> None:
+        self.model, self.samples, self.ends = model, samples, ends
+        self.prompts = prompts
+        self.calls = 0
+        width = max(map(len, prompts))
+        self.ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        plain = build_policy(AutoDecoConfig(policy="static", actions=[{"temperature": 1.0}])).eval()
+        policy = action_policy(model, actions)
+        self.runs: dict[str, Run] = {
+            "generate": self.generate,
+            "decode, T=1": lambda tokens: self.decode(plain, tokens),
+            "decode, actions": lambda tokens: self.decode(policy, tokens, records="decisions"),
+        }
+        if ends:
+            self.runs["decode, T=1, rows kept"] = lambda tokens: self.decode(plain, tokens, drops_ended=False)
+
+    def generate(self, tokens: int) -> int:
+        """Transformers' own sampling."""
+        how = {"num_return_sequences": self.samples, "eos_token_id": sorted(self.ends) or None, "pad_token_id": 0}
+        found = self.model.generate(self.ids, attention_mask=self.mask, max_new_tokens=tokens, **PLAIN, **how)
+        new = found[:, self.ids.shape[1] :]
+        ended = torch.isin(new, torch.tensor(sorted(self.ends), dtype=torch.long))
+        return int((ended.cumsum(1) - ended.long() == 0).sum())
+
+    def decode(self, policy: DecodingPolicy, tokens: int, **how: Any) -> int:
+        """The rollout engine."""
+        prompt = torch.arange(len(self.prompts)).repeat_interleave(self.samples)
+        self.calls += 1
+        keys = torch.tensor([row_key(self.calls, row) for row in range(len(prompt))])
+        rows = Rows(
+            self.prompts, prompt, torch.full(prompt.shape, tokens), torch.full(prompt.shape, self.samples), keys
+        )
+        return int(decode(self.model, policy, rows, ends=self.ends, pad=0, **how).lengths.sum())
+
+
+def timed(run: Run, tokens: int) -> tuple[float, int]:
+    """Seconds and completion tokens of one call."""
+    start = time.perf_counter()
+    made = run(tokens)
+    return time.perf_counter() - start, made
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+def measure(workload: Workload, tokens: int, pairs: int) -> dict[str, Any]:
+    """Rounds in which every decoder runs once; ratios within a round."""
+    runs = workload.runs
+    for run in runs.values():
+        run(2)
+    rounds: list[dict[str, tuple[float, float, int]]] = []
+    for number in range(pairs):
+        turn = number % len(runs)
+        taken = {}
+        for name in [*list(runs)[turn:], *list(runs)[:turn]]:
+            first, _ = timed(runs[name], 1)
+            whole, made = timed(runs[name], tokens)
+            taken[name] = (whole, (whole - first) / max(tokens - 1, 1), made)
+        rounds.append(taken)
+    result: dict[str, Any] = {"rows": len(workload.prompts) * workload.samples, "new_tokens": tokens}
+    for name in runs:
+        result[f"{name}, s a call"] = round(statistics.median(r[name][0] for r in rounds), 4)
+        result[f"{name}, tokens made"] = round(statistics.mean(r[name][2] for r in rounds))
+    for name in [name for name in runs if name != "generate"]:
+        result[f"{name} / generate, whole"] = spread([r[name][0] / r["generate"][0] for r in rounds])
+        if not workload.ends:  # with real ends a "step" is of as many rows as are left
+            result[f"{name} / generate, step"] = spread([r[name][1] / r["generate"][1] for r in rounds])
+    return result
+
+
+def fixed_length(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Part (a)."""
+    results = []
+    models: dict[str, Any] = {f"{args.shape} shape": build_shaped(args), "testbed": load_base_model()}
+    for name, model in models.items():
+        model.generation_config.eos_token_id = None
+        tokens = args.testbed_tokens if name == "testbed" else args.new_tokens
+        for batch in args.testbed_batch if name == "testbed" else args.batch:
+            # Row by row a token more or less, so that there is padding.
+            prompts = max(1, batch // args.samples)
+            lengths = [max(1, args.prompt_tokens - index) for index in range(prompts)]
+            texts = [torch.randint(2, model.config.vocab_size, (length,)).tolist() for length in lengths]
+            work = Workload(model, texts, min(args.samples, batch), set(), args.actions)
+            results.append({"part": "a", "model": name, **measure(work, tokens, args.pairs)})
+            show(results[-1])
+    return results
+
+
+def real_ends(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Part (b)."""
+    model, tokenizer = load_base_model(), load_tokenizer()
+    results = []
+    for batch in args.testbed_batch:
+        problems = build_problems("validation", max(1, batch // args.samples))
+        prompts = [tokenizer(row["prompt"])["input_ids"] for row in problems]
+        work = Workload(model, prompts, min(args.samples, batch), {tokenizer.eos_token_id}, args.actions)
+        results.append({"part": "b", "model": "testbed", **measure(work, args.testbed_budget, args.pairs)})
+        show(results[-1])
+    return results
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints one measurement."""
+    print(f"({result['part']}) {result['model']}, {result['rows']} rows, {result['new_tokens']} new tokens at most")
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(f"  {name:40} {value['median']:.3f} ({value['min']:.3f} to {value['max']:.3f})", flush=True)
+        elif "," in name:
+            print(f"  {name:40} {value}", flush=True)
+
+
+PARTS = {"a": fixed_length, "b": real_ends}
+
+
+def main() -> None:
+    """Prints tables and writes them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--shape", choices=SHAPES, default="0.6B")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has: the loop then weighs more")
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--samples", type=int, default=8, help="completions of each prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--testbed-batch", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--testbed-tokens", type=int, default=48, help="at fixed length")
+    parser.add_argument("--testbed-budget", type=int, default=80, help="with real ends")
+    parser.add_argument("--actions", choices=ACTION_PRESETS, default="token_math")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    results = [row for part in args.parts for row in PARTS[part](args)]
+    if args.json:
+        about = {"torch": torch.__version__, "hf_adaptive_decode": __version__, "machine": platform.platform()}
+        settings = {name: str(value) for name, value in vars(args).items()}
+        args.json.write_text(json.dumps({"about": about, "settings": settings, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
