@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+from typing import SupportsIndex
 
 import torch
 
@@ -25,7 +27,7 @@ def shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def row_key(*parts: object) -> int:
+def row_key(*parts: str | SupportsIndex) -> int:
     """
     A 63-bit key for a row, the same in every process: a hash of what names the row (a seed, a prompt, a sample).
 
@@ -36,7 +38,8 @@ def row_key(*parts: object) -> int:
     True
     ```
     """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else operator.index(part) for part in parts)  # numpy's integers, too
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

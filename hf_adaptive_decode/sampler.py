@@ -166,13 +166,13 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         return DecodingTrace(column("temperature", 1.0), column("top_p", 1.0), action)
 
 
-def check_scores(scores: torch.Tensor, step: int) -> None:
+def check_scores(scores: torch.Tensor, step: int, rows: torch.Tensor | None = None) -> None:
     """Raises [`LogitsError`] with the step and the row if scores `[rows, V]` hold NaN, +inf, or nothing above -inf."""
     best = scores.amax(dim=-1)  # NaN and +inf show in the maximum, and so does a row with nothing left
-    good = torch.isfinite(best)
-    if not bool(good.all()):
-        row = int((~good).nonzero()[0])
+    row = _first_bad(best, rows)
+    if row is not None:
         value = best[row].item()
+        row = row if rows is None else int(rows[row])
         found = "NaN" if math.isnan(value) else "+inf" if value > 0 else "no token above -inf"
         raise LogitsError(
             f"step {step}, row {row}: the model's scores hold {found}. Check the model's dtype and weights, and that "
@@ -180,13 +180,23 @@ def check_scores(scores: torch.Tensor, step: int) -> None:
         )
 
 
-def check_parameters(parameters: SamplingParameters, step: int) -> None:
+def check_parameters(parameters: SamplingParameters, step: int, rows: torch.Tensor | None = None) -> None:
     """Raises [`LogitsError`] with the step and the row if a policy gave a temperature or top-p that is not finite."""
     for name in ("temperature", "top_p"):
         values = vars(parameters)[name]
-        if isinstance(values, torch.Tensor) and not bool(torch.isfinite(values).all()):
-            row = int((~torch.isfinite(values)).nonzero()[0])
+        row = _first_bad(values, rows) if isinstance(values, torch.Tensor) else None
+        if row is not None:
+            value = values[row].item()
+            row = row if rows is None else int(rows[row])
             raise LogitsError(
-                f"step {step}, row {row}: the policy gave {values[row].item()} as {name}. Its weights, or the hidden "
+                f"step {step}, row {row}: the policy gave {value} as {name}. Its weights, or the hidden "
                 "states of this base model, are out of range; load the adapter on the base it was trained on."
             )
+
+
+def _first_bad(values: torch.Tensor, rows: torch.Tensor | None) -> int | None:
+    """The first place of `values` `[N]` that is not finite, of those whose number in `rows` `[N]` is not -1."""
+    bad = ~torch.isfinite(values)
+    if rows is not None:
+        bad &= (rows >= 0).to(bad.device)
+    return int(bad.nonzero()[0]) if bool(bad.any()) else None

@@ -184,12 +184,13 @@ class _Decoding:
             if self.drops_ended and going <= (1 - _WORTH_DROPPING) * len(self.going):
                 kept = self.going.nonzero().squeeze(-1)
                 now, tokens = self._shrink(kept, now, tokens)
-            hidden, logits = self.stepped.step(tokens)
+            hidden, logits = self.stepped.step(tokens, self.going)
         return self._result(step)
 
     def _choose(self, step: int, now: Rows, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The next token of each row, `[N]`."""
-        check_scores(logits, step)
+        named = torch.where(self.going, self.at, -1)
+        check_scores(logits, step, named)
         state = DecodeState(
             hidden,
             logits,
@@ -201,7 +202,7 @@ class _Decoding:
         parameters = self.held
         if parameters is None:
             parameters = self._decide(step, state)
-            check_parameters(parameters, step)
+            check_parameters(parameters, step, named)
             self.held = parameters if self.policy.decides_once else None
         self._trace(step, parameters)
         parameters = parameters.to(logits.device)

@@ -34,7 +34,7 @@ class SteppedModel:
         self._cache = None
         if "past_key_values" in self._takes:
             self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        self._constraints = _constraints(model)
+        self._constraints = LogitsProcessorList()
         self.prompt_mean: torch.Tensor | None = None
 
     def __enter__(self) -> SteppedModel:
@@ -57,6 +57,8 @@ class SteppedModel:
         device = self._model.device
         self.ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
         self._mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        self._width = width
+        self._constraints = _constraints(self._model, self._mask)
         hidden, logits = self._forward(self.ids)
         if self._pools_prompt:
             kept = self._mask[..., None].to(hidden.device)
@@ -69,14 +71,17 @@ class SteppedModel:
         if self._cache is not None:
             self._cache.reorder_cache(rows)
         self.ids, self._mask = self.ids[rows], self._mask[rows]
+        if self._constraints:
+            self._constraints = _constraints(self._model, self._mask[:, : self._width])
         if self.prompt_mean is not None:
             self.prompt_mean = self.prompt_mean[rows.to(self.prompt_mean.device)]
 
-    def step(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends `tokens` `[N]`, and returns as [`~prefill`] does."""
+    def step(self, tokens: torch.Tensor, going: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends `tokens` `[N]`, and returns as [`~prefill`] does; rows not `going` `[N]` stand still."""
         column = tokens[:, None].to(self.ids.device)
         self.ids = torch.cat([self.ids, column], dim=1)
-        self._mask = torch.cat([self._mask, torch.ones_like(column)], dim=1)
+        # A row that has ended takes no further position: the model's table may end with it.
+        self._mask = torch.cat([self._mask, going[:, None].to(column)], dim=1)
         return self._forward(column if self._cache is not None else self.ids)
 
     def _forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,9 +99,15 @@ class SteppedModel:
         return self._tap.last_position(), logits
 
 
-def _constraints(model: PreTrainedModel) -> LogitsProcessorList:
+def _constraints(model: PreTrainedModel, prompt_mask: torch.Tensor) -> LogitsProcessorList:
     """What the base's own generation config does to logits besides sampling (a repetition penalty, say)."""
     config = copy.deepcopy(model.generation_config)
     config.do_sample, config.num_beams = False, 1
+    config.forced_eos_token_id = None  # it is forced at the one length of all rows, and here each has its own
     model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=model.device)
-    return model._get_logits_processor(config, input_ids_seq_length=0, device=str(model.device), model_kwargs={})
+    return model._get_logits_processor(
+        config,
+        input_ids_seq_length=prompt_mask.shape[1],
+        device=str(model.device),
+        model_kwargs={"attention_mask": prompt_mask},
+    )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..budget import resolve_budget
 from ..configuration import AutoDecoConfig
-from ..errors import UnsupportedGenerationError
+from ..errors import BudgetError, UnsupportedGenerationError
 from ..modeling import AutoDecoForCausalLM
 from ..policies import DecodingPolicy, build_policy
 from ..randomness import row_key
@@ -63,38 +63,42 @@ def complete(
 
     Returns: A list of `samples` [`Completion`] for each prompt, in the order of `prompts`.
     """
-    budgets = resolve_budget(Budget(tokens=token_budget, samples=samples), prompts=len(prompts)).tokens or ()
+    budgets, told = _budgets(token_budget, samples if parallel_budget is None else parallel_budget, len(prompts))
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     greedy = settings is not None and settings.get("temperature") == 0
-    drawn = 1 if greedy else samples
     policy = _policy(model, settings) if policy is None else policy
     # Prompts of like length go together, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    size = max(1, batch_rows // drawn)
+    flat = [(index, sample) for index in order for sample in range(1 if greedy else samples)]
     found: list[list[Completion]] = [[] for _ in prompts]
-    bar = tqdm(total=len(prompts), desc=description, unit="prompt", disable=description is None, leave=False)
+    bar = tqdm(total=len(flat), desc=description, unit="row", disable=description is None, leave=False)
     with bar, _evaluating(policy):
-        for batch in (order[start : start + size] for start in range(0, len(order), size)):
-            rows = _rows(batch, encoded, budgets, drawn, parallel_budget or samples, seed)
+        for batch in (flat[start : start + batch_rows] for start in range(0, len(flat), batch_rows)):
+            rows = _rows(batch, encoded, budgets, told, seed)
             decoded = decode(model, policy, rows, **special_tokens(model, tokenizer), records="parameters")
-            flat = as_completions(decoded, tokenizer)
-            for position, index in enumerate(batch):
-                own = flat[position * drawn : (position + 1) * drawn]
-                found[index] = own * samples if greedy else own
+            for (index, _), completion in zip(batch, as_completions(decoded, tokenizer), strict=True):
+                found[index].append(completion)
             bar.update(len(batch))
-    return found
+    return [group * samples for group in found] if greedy else found
+
+
+def _budgets(token_budget: Any, parallel: Any, prompts: int) -> tuple[tuple[int, ...], int]:
+    known = resolve_budget(Budget(tokens=token_budget, samples=parallel), prompts)
+    if known.tokens is None or known.samples is None:
+        raise BudgetError("`token_budget` is None; it has to be a positive whole number, or one for every prompt.")
+    return known.tokens, known.samples
 
 
 def _rows(
-    batch: list[int], encoded: list[list[int]], budgets: Sequence[int], samples: int, parallel: int, seed: int
+    batch: list[tuple[int, int]], encoded: list[list[int]], budgets: Sequence[int], parallel: int, seed: int
 ) -> Rows:
-    prompt = torch.arange(len(batch)).repeat_interleave(samples)
+    places = {index: place for place, index in enumerate(dict.fromkeys(index for index, _ in batch))}
     return Rows(
-        [encoded[index] for index in batch],
-        prompt,
-        torch.tensor([budgets[index] for index in batch])[prompt],
-        torch.full(prompt.shape, parallel),
-        torch.tensor([row_key(seed, index, sample) for index in batch for sample in range(samples)]),
+        [encoded[index] for index in places],
+        torch.tensor([places[index] for index, _ in batch]),
+        torch.tensor([budgets[index] for index, _ in batch]),
+        torch.full((len(batch),), parallel),
+        torch.tensor([row_key(seed, *name) for name in batch]),
     )
 
 
@@ -111,9 +115,13 @@ def _evaluating(policy: DecodingPolicy) -> Iterator[None]:
 def encode_prompt(tokenizer: Any, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
     """Token ids of a plain prompt, or of a conversation up to where the assistant begins."""
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    return list(tokenizer.apply_chat_template(prompt, **how, **(chat_template_kwargs or {})))
+        ids = list(tokenizer(prompt)["input_ids"])
+    else:
+        how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        ids = list(tokenizer.apply_chat_template(prompt, **how, **(chat_template_kwargs or {})))
+    if not ids:
+        raise BudgetError(f"the prompt {prompt!r} is empty (0 tokens); start it with the tokenizer's bos token.")
+    return ids
 
 
 def special_tokens(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:

@@ -45,11 +45,11 @@ class BudgetEncoder(nn.Module):
         for name in self.names:
             thresholds = torch.tensor(scales[name], dtype=torch.float32)
             self.register_buffer(f"{name}_thresholds", thresholds, persistent=False)
-            self.up[name] = nn.Linear(len(thresholds), WIDTH, dtype=torch.float32)
-            self.out[name] = nn.Linear(WIDTH, WIDTH, dtype=torch.float32)
+            up, out = (nn.Linear(width, WIDTH, dtype=torch.float32) for width in (len(thresholds), WIDTH))
             # What all budgets have in common would drown what tells them apart once the norm is fixed.
-            nn.init.zeros_(self.up[name].bias)
-            nn.init.zeros_(self.out[name].bias)
+            nn.init.zeros_(up.bias)
+            nn.init.zeros_(out.bias)
+            self.up[name], self.out[name] = up, out
         self._warned = False
 
     @property
