@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +18,7 @@ from .budget import ResolvedBudget
 from .errors import BudgetError, UnsupportedGenerationError
 from .policies import DecodingPolicy
 from .sampler import AdaptiveSamplerLogitsProcessor
-from .tap import HiddenStateTap
+from .tap import HiddenStateTap, mean_over_prompt
 from .types import DecodingTrace, SamplingParameters
 from .warping import check_scalars
 
@@ -126,7 +127,12 @@ class GenerationSession:
         self._processor: AdaptiveSamplerLogitsProcessor | None = None
         self._hidden: torch.Tensor | None = None
         self._done: list[torch.Tensor] = []
-        self._tap = HiddenStateTap(model, is_listening=lambda: _CURRENT.get() is self) if policy is not None else None
+        self._pools = policy is not None and policy.config.pooling == "mean"
+        self._prompt_mask: torch.Tensor | None = None
+        self._prompt_mean: torch.Tensor | None = None
+        self._tap = None
+        if policy is not None:
+            self._tap = HiddenStateTap(model, is_listening=lambda: _CURRENT.get() is self, keeps_all=self._pools)
         self._explicit = {name: requested[name] for name in _WARPED_HERE if name in requested}
         if policy is not None:
             check_scalars(SamplingParameters(**self._explicit))
@@ -143,6 +149,7 @@ class GenerationSession:
         paged = self._requested.get("cache_implementation") == "paged"
         modes = [mode for name, mode in _REFUSED.items() if name in self._requested]
         modes += ["continuous batching"] if paged else []
+        modes += ["chunked prefill"] if self._pools and "prefill_chunk_size" in self._requested else []
         if modes:
             raise UnsupportedGenerationError(
                 f"{modes[0]} does not go with an active decoding adapter; generate without it, or with the base "
@@ -159,7 +166,7 @@ class GenerationSession:
             yield
         finally:
             _CURRENT.reset(token)
-            self._hidden = None
+            self._hidden = self._prompt_mean = None
             if self._tap is not None:
                 self._tap.close()
 
@@ -173,12 +180,22 @@ class GenerationSession:
             if name not in self._requested:
                 setattr(config, name, None)
 
+    def forward_settings(self, model: nn.Module) -> dict[str, int]:
+        """What the base's forward is asked for besides: to mean over a prompt, its positions must reach the tap."""
+        takes = inspect.signature(cast(Any, model.forward)).parameters
+        return {"logits_to_keep": 0} if self._pools and "logits_to_keep" in takes else {}
+
     def add_processors(
-        self, processors: LogitsProcessorList, config: GenerationConfig, prompt_length: int | None
+        self,
+        processors: LogitsProcessorList,
+        config: GenerationConfig,
+        prompt_length: int | None,
+        model_kwargs: dict[str, Any] | None,
     ) -> LogitsProcessorList:
         """Ours goes behind every constraint and in front of watermark and normalisation."""
         if self._tap is None or self._policy is None:
             return processors
+        self._prompt_mask = (model_kwargs or {}).get("attention_mask")
         rows = self._rows(config)
         token_budget = self._budget.per_row(rows)
         if config.max_length is not None and prompt_length is not None:
@@ -193,6 +210,7 @@ class GenerationSession:
             token_budget=token_budget,
             parallel_samples=config.num_return_sequences or 1,
             record=self._record,
+            read_prompt_mean=lambda: self._prompt_mean,
         )
         last = len(processors)
         if last and isinstance(processors[last - 1], LogitNormalization):
@@ -204,8 +222,11 @@ class GenerationSession:
 
     def take_hidden(self) -> None:
         """Keeps the hidden state of the forward pass that made the scores now being processed."""
-        if self._tap is not None:
-            self._hidden = self._tap.last_position()
+        if self._tap is None:
+            return
+        self._hidden = self._tap.last_position()
+        if self._pools and self._prompt_mean is None:
+            self._prompt_mean = mean_over_prompt(self._tap.every_position(), self._prompt_mask)
 
     def _taken(self) -> torch.Tensor:
         return cast(torch.Tensor, self._hidden)

@@ -241,7 +241,7 @@ class AutoDecoForCausalLM(Detour, _Base):
         policy = self.decoding_adapter if active else None
         session = GenerationSession(self, policy, requested, resolved, prompts, output_decoding_trace)
         with session.running():
-            output = super().generate(inputs, generation_config, *args, **kwargs)
+            output = super().generate(inputs, generation_config, *args, **kwargs, **session.forward_settings(self))
         if output_decoding_trace:
             output["decoding_trace"] = session.trace(count_new_tokens(output, inputs, kwargs))
         return output
@@ -277,7 +277,8 @@ class AutoDecoForCausalLM(Detour, _Base):
         session = current_session()
         if session is None:
             return processors
-        return session.add_processors(processors, generation_config, kwargs.get("input_ids_seq_length"))
+        length = kwargs.get("input_ids_seq_length")
+        return session.add_processors(processors, generation_config, length, kwargs.get("model_kwargs"))
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)

@@ -35,6 +35,8 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         token_budget (`torch.Tensor` of shape `[rows]`, `torch.long`, *optional*): Token budget b of each row.
         parallel_samples (`int`, *optional*): Parallel budget B.
         record (`bool`, defaults to `False`): Whether to keep what was sampled with, for [`~trace`].
+        read_prompt_mean (`Callable[[], torch.Tensor | None]`, *optional*):
+            Gives the mean of the prompt's hidden states `[rows, H]`, for policies that pool by mean.
 
     Raises:
         [`LogitsError`]: If a row's scores are NaN, +inf or all -inf; names the step and the row.
@@ -48,6 +50,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         token_budget: torch.Tensor | None = None,
         parallel_samples: int | None = None,
         record: bool = False,
+        read_prompt_mean: Callable[[], torch.Tensor | None] | None = None,
     ) -> None:
         self.policy = policy
         self.step = 0
@@ -56,6 +59,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         self._token_budget = token_budget
         self._parallel_samples = parallel_samples
         self._record = record
+        self._read_prompt_mean = read_prompt_mean
         self._steps: list[SamplingParameters] = []
         self._held: SamplingParameters | None = None
         self._tap: HiddenStateTap | None = None
@@ -107,7 +111,8 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
                 f"step {self.step} has scores for {scores.shape[0]} rows and hidden states for {hidden.shape[0]}; this "
                 "way of generating does not keep one hidden state a row."
             )
-        state = DecodeState(hidden, scores, *self._budgets(scores))
+        prompt_mean = None if self._read_prompt_mean is None else self._read_prompt_mean()
+        state = DecodeState(hidden, scores, *self._budgets(scores), prompt_mean)
         parameters = self._held
         if parameters is None:
             parameters = self.policy(state).override(self._explicit)

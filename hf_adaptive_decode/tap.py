@@ -126,3 +126,18 @@ class HiddenStateTap:
                 "generates, before its forward pass."
             )
         return self._hidden[:, -1, :] if self._hidden.dim() == 3 else self._hidden
+
+
+def mean_over_prompt(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    Mean of each prompt's hidden states, `[rows, H]`, `torch.float32`.
+
+    Args:
+        hidden (`torch.Tensor` of shape `[rows, length, H]`): Of a prefill.
+        mask (`torch.Tensor` of shape `[rows, length]` or longer, *optional*): 0 on padding, which does not count; of a
+            longer one, as when the prefill continues a cache, the end.
+    """
+    if mask is None:
+        return hidden.float().mean(1)
+    kept = mask[:, -hidden.shape[1] :, None].to(hidden.device)
+    return (hidden.float() * kept).sum(1) / kept.sum(1)

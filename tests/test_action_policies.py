@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from hf_adaptive_decode import AdaptiveSamplerLogitsProcessor, AutoDecoConfig, AutoDecoForCausalLM, Budget
 from hf_adaptive_decode.actions import ACTION_PRESETS
-from hf_adaptive_decode.errors import AdapterConfigError, BudgetError
+from hf_adaptive_decode.errors import (
+    AdapterConfigError,
+    AdaptiveDecodeError,
+    BudgetError,
+    UnsupportedGenerationError,
+)
 from hf_adaptive_decode.policies import build_policy
 from hf_adaptive_decode.policies.budget_encoder import BudgetEncoder, thermometer
 from hf_adaptive_decode.types import DecodeState
@@ -279,3 +284,50 @@ def test_saved_policies_load_by_every_way(policy, tmp_path):
     how = {"do_sample": True, "top_k": 0, "max_new_tokens": 8, "logits_processor": [bare], **ENDLESS}
     for _ in range(2):  # a second call starts over
         assert torch.equal(tiny.sample(base, tiny.prompts(), **how), expected)
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pooled(family):
+    """A sequence policy that pools by mean, deterministic, and what it was shown at each call."""
+    settings = {"policy": "sequence_actions", "pooling": "mean", "actions": ACTIONS, "deterministic": True}
+    model = tiny.wrap(tiny.build_base(family), budget_features=[], **settings)
+    randomise(model.decoding_adapter)
+    seen = []
+    observe = model.decoding_adapter.observe
+    model.decoding_adapter.observe = lambda one: seen.append(observe(one)) or seen[-1]
+    return model, seen
+
+
+def test_generate_pools_the_prompts_real_tokens(pooled):
+    model, seen = pooled
+    rows = [tiny.prompts(1, 4)[0], tiny.prompts(1, 9, seed=1)[0]]
+    ids, mask = tiny.left_padded(rows)
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, **ENDLESS)
+    assert len(seen) == 1
+    for row, found in zip(rows, seen[0].context, strict=True):
+        hidden, _ = tiny.hidden_and_logits(model, row[None])
+        torch.testing.assert_close(found, hidden[0].float().mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_generate_pools_every_sample_of_a_prompt_alike(pooled):
+    model, seen = pooled
+    model.generate(input_ids=tiny.prompts(2, 6), max_new_tokens=2, num_return_sequences=3, **ENDLESS)
+    assert seen[0].context.shape[0] == 6
+    torch.testing.assert_close(seen[0].context[0], seen[0].context[2])
+    with torch.no_grad():
+        before = model(input_ids=tiny.prompts(2, 6)).logits.shape
+    assert before == (2, 6, tiny.VOCABULARY)  # no hook is left that would narrow it
+
+
+def test_what_cannot_pool_by_mean_says_so(tmp_path):
+    model = tiny.wrap(policy="sequence_actions", pooling="mean", actions=ACTIONS, budget_features=[])
+    with pytest.raises(UnsupportedGenerationError, match="chunked prefill"):
+        model.generate(input_ids=tiny.prompts(1, 6), max_new_tokens=2, prefill_chunk_size=2, **ENDLESS)
+    model.save_pretrained(tmp_path)
+    base = tiny.build_base()
+    processor = AdaptiveSamplerLogitsProcessor.from_pretrained(tmp_path, base)
+    with pytest.raises(AdaptiveDecodeError, match="pool"):
+        base.generate(tiny.prompts(1, 6), do_sample=True, top_k=0, max_new_tokens=2, logits_processor=[processor])

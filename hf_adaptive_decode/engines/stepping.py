@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
-from ..tap import HiddenStateTap
+from ..tap import HiddenStateTap, mean_over_prompt
 
 
 class SteppedModel:
@@ -61,9 +61,7 @@ class SteppedModel:
         self._constraints = _constraints(self._model, self._mask)
         hidden, logits = self._forward(self.ids)
         if self._pools_prompt:
-            kept = self._mask[..., None].to(hidden.device)
-            everything = self._tap.every_position().float()
-            self.prompt_mean = (everything * kept).sum(1) / kept.sum(1)
+            self.prompt_mean = mean_over_prompt(self._tap.every_position(), self._mask)
         return hidden, logits
 
     def select(self, rows: torch.Tensor) -> None:
