@@ -1,13 +1,15 @@
 """
 Cost of the rollout engine, as ratios to transformers' plain `generate` sampling on the same prompts.
 
-    python benchmarks/rollout.py [--json FILE] [--parts a b] [--batch 16 64] [--new-tokens 16] [--pairs 5] [--threads 2]
+    python benchmarks/rollout.py [--json FILE] [--parts a b c] [--batch 16 64] [--pairs 5] [--threads 2]
 
 (a) at fixed length (nothing ends a row, so that all make the same number of tokens), on a random Qwen3 of the 0.6B's
     shape with peaked logits and on the testbed's base model: `decode` with plain T = 1, and with a per-token action
     policy that records its decisions for training.
 (b) on the testbed with real ends: there `decode` drops ended rows, which `generate` carries along as padding. Plain
     sampling draws from the same distribution in all three; the policy's texts are of other lengths.
+(c) on the testbed: what a training step costs beyond its rollout (loss, gradients, optimiser and the Trainer's own
+    work), as a part of the rollout.
 
 In each round the decoders take turns, and a ratio is taken within the round, so that a slow minute hits them all.
 "whole" is all of a call, where `decode` reads each prompt once and `generate` once a sample; "step" is a call less one
@@ -21,6 +23,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,16 +31,21 @@ from typing import Any
 
 import torch
 from decoding import LOGIT_SPREAD, SHAPES
-from transformers import Qwen3Config, Qwen3ForCausalLM, logging
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hf_adaptive_decode import AutoDecoConfig, __version__
+from hf_adaptive_decode import (
+    AutoDecoConfig,
+    REINFORCEDecodingTrainer,
+    REINFORCEDecodingTrainingArguments,
+    __version__,
+)
 from hf_adaptive_decode.actions import ACTION_PRESETS
 from hf_adaptive_decode.engines.rollout import Rows, decode
 from hf_adaptive_decode.policies import DecodingPolicy, build_policy
 from hf_adaptive_decode.randomness import row_key
-from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer
+from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer, testbed_reward
 
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 Run = Callable[[int], int]
@@ -176,6 +184,54 @@ def real_ends(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+class StepTimer(TrainerCallback):
+    """Seconds of each training step, and of its rollout as the trainer logs it."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.rollouts: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops it."""
+        self.steps.append(time.perf_counter() - self.started)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Reads the rollout's share."""
+        self.rollouts += [logs["seconds/rollout"]] if "seconds/rollout" in logs else []
+
+
+def training_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Part (c)."""
+    timer = StepTimer()
+    config = AutoDecoConfig(policy="token_actions", actions=ACTION_PRESETS[args.actions])
+    with tempfile.TemporaryDirectory() as folder:
+        settings = REINFORCEDecodingTrainingArguments(
+            output_dir=folder,
+            max_steps=args.updates + 1,
+            per_device_train_batch_size=args.prompts,
+            num_generations=args.samples,
+            budget=args.testbed_tokens,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        data = {"train_dataset": build_problems("train", 400), "processing_class": load_tokenizer()}
+        how = {"decoding_config": config, "callbacks": [timer]}
+        REINFORCEDecodingTrainer(load_base_model(), testbed_reward, settings, **data, **how).train()
+    # The first step also makes the optimiser.
+    pairs = list(zip(timer.steps, timer.rollouts, strict=True))[1:]
+    ratios = {"update / rollout": spread([(step - rollout) / rollout for step, rollout in pairs])}
+    row = {"part": "c", "model": "testbed", "rows": args.prompts * args.samples, "new_tokens": args.testbed_tokens}
+    show(row | ratios)
+    return [row | ratios]
+
+
 def show(result: dict[str, Any]) -> None:
     """Prints one measurement."""
     print(f"({result['part']}) {result['model']}, {result['rows']} rows, {result['new_tokens']} new tokens at most")
@@ -186,7 +242,7 @@ def show(result: dict[str, Any]) -> None:
             print(f"  {name:40} {value}", flush=True)
 
 
-PARTS = {"a": fixed_length, "b": real_ends}
+PARTS = {"a": fixed_length, "b": real_ends, "c": training_steps}
 
 
 def main() -> None:
@@ -204,6 +260,8 @@ def main() -> None:
     parser.add_argument("--testbed-batch", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--testbed-tokens", type=int, default=48, help="at fixed length")
     parser.add_argument("--testbed-budget", type=int, default=80, help="with real ends")
+    parser.add_argument("--prompts", type=int, default=96, help="prompts of a training step")
+    parser.add_argument("--updates", type=int, default=10, help="training steps to time")
     parser.add_argument("--actions", choices=ACTION_PRESETS, default="token_math")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

@@ -48,9 +48,12 @@ def test_the_decoding_benchmark_runs(tmp_path):
 def test_the_rollout_benchmark_runs(tmp_path):
     sizes = ["--shape", "tiny", "--vocab", 500, "--batch", 4, "--samples", 2, "--new-tokens", 3, "--pairs", 1]
     sizes += ["--testbed-batch", 4, "--testbed-tokens", 3, "--testbed-budget", 12, "--threads", 1]
+    sizes += ["--prompts", 2, "--updates", 2]
     run("benchmarks/rollout.py", *sizes, "--json", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert [(row["part"], row["model"]) for row in results] == [("a", "tiny shape"), ("a", "testbed"), ("b", "testbed")]
+    models = [(row["part"], row["model"]) for row in results]
+    assert models == [("a", "tiny shape"), ("a", "testbed"), ("b", "testbed"), ("c", "testbed")]
+    assert results.pop()["update / rollout"]["median"] > 0
     assert all({"decode, T=1 / generate, whole", "decode, actions / generate, whole"} <= set(row) for row in results)
     made = [[row[f"{name}, tokens made"] for name in ("generate", "decode, actions")] for row in results[:2]]
     assert made == [[4 * 3] * 2] * 2
