@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "train heads on the embedded model and compare them with every baseline",
     "env": "print what a bug report needs",
     "select-actions": "choose an action set by greedy coverage on validation problems",
+    "train-policy": "train a token or prompt policy by REINFORCE and compare it with every baseline",
 }
 
 

@@ -51,6 +51,8 @@ class _Problems:
         self._seen: dict[str, _Measured] = {}
 
     def measure(self, decoder: Decoder) -> _Measured:
+        if decoder.policy is not None:
+            decoder.policy.to(self.model.device)
         key = decoder.name if decoder.policy is not None else str(sorted((decoder.settings or {}).items()))
         if key not in self._seen:
             longest = self._complete(decoder, self.budgets[-1])

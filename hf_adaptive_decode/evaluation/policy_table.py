@@ -14,8 +14,8 @@ def policy_table(result: Mapping[str, Any]) -> str:
     """
     pass@B of every decoder with the first policy's paired gain over it, and that policy's gain in every single cell.
 
-    There is one block for each parallel budget, with all token budgets together, and at the end the gains over the
-    best static of each cell, which is the hardest baseline: it was chosen for that very pair of budgets.
+    There is one block for each parallel budget, with all token budgets together, and, if there are several of these, at
+    the end the gains over the best static of each cell, which was chosen for that very pair of budgets.
 
     Args:
         result (mapping): What [`~evaluation.policies.compare_policies`] returns, fresh or read back from JSON.
@@ -27,18 +27,18 @@ def policy_table(result: Mapping[str, Any]) -> str:
     seeds = {name: f"{name} (mean of {count} seeds)" for name, count in result["training_seeds"].items() if count > 1}
     pooled = [cell for cell in result["cells"] if cell["token_budget"] is None]
     single = [cell for cell in result["cells"] if cell["token_budget"] is not None]
-    blocks = [_block(cell, main, seeds) for cell in pooled]
+    together = ", all token budgets together" if single else ""
+    blocks = [_block(cell, f"B = {cell['parallel_budget']}{together}", main, seeds) for cell in pooled]
     return "\n\n".join([*blocks, *([_gains(single, main)] if single else [])])
 
 
-def _block(cell: Mapping[str, Any], main: str, seeds: Mapping[str, str]) -> str:
+def _block(cell: Mapping[str, Any], title: str, main: str, seeds: Mapping[str, str]) -> str:
     """One parallel budget's decoders."""
-    parallel = cell["parallel_budget"]
     rows = []
     for row in cell["rows"]:
         gain = format_interval(row["gain"], sign=True) if "gain" in row else ""
         rows.append([seeds.get(row["decoder"], row["decoder"]), format_interval(row["pass"]), gain])
-    return markdown_table([f"B = {parallel}, all token budgets", f"pass@{parallel}", f"gain of {main}"], rows)
+    return markdown_table([title, f"pass@{cell['parallel_budget']}", f"gain of {main}"], rows)
 
 
 def _gains(cells: Sequence[Mapping[str, Any]], main: str) -> str:

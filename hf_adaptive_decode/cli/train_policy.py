@@ -1,0 +1,348 @@
+"""`hf-adaptive-decode train-policy`: an action policy by REINFORCE, beside every baseline; knows no particular task."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .env import environment
+from .policy_run import RunFolder, prior_entries, static_rates, train_in
+from .tasks import TESTBED, add_task_arguments, load_model, load_problems, positive, reward_function
+
+# What changes nothing about the trained policy, so that a run may go on, or be measured again, with others.
+_FREE = {"command", "json", "config", "output", "threads", "resume", "save_steps", "report_to", "log_completions"}
+_FREE |= {"rollout_batch_rows", "twin", "test_problems", "eval_batch_rows"}
+_FREE_WITHOUT_PRIOR = {"validation_problems", "eval_samples"}
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The task, the policy, its training and the comparison; the defaults are for the embedded model."""
+    parser.add_argument("--output", default="policy_output", metavar="DIR", help="DIR/adapter is what comes of it")
+    parser.add_argument("--seed", type=int, default=0, help="seeds the choice of problems, training and sampling")
+    add_task_arguments(parser)
+    parser.add_argument(
+        "--chat", action="store_true", help="ask plain prompts as a user's message, through the model's chat template"
+    )
+    _policy_arguments(parser.add_argument_group("policy"))
+    _training_arguments(parser.add_argument_group("training"))
+    _evaluation_arguments(parser.add_argument_group("comparison"))
+
+
+def _policy_arguments(group: Any) -> None:
+    group.add_argument(
+        "--policy",
+        default="token_actions",
+        choices=["token_actions", "sequence_actions"],
+        help="whether an action is chosen for each token or for each prompt",
+    )
+    group.add_argument(
+        "--actions",
+        nargs="+",
+        help="a preset (math, code, mixed, token_math), a JSON file as select-actions writes it, or temperatures; by "
+        "default token_math for tokens and math for prompts",
+    )
+    group.add_argument("--features", nargs="+", default=["hidden"], choices=["hidden", "statistics", "entropy"])
+    group.add_argument(
+        "--told",
+        nargs="+",
+        choices=["tokens", "samples", "none"],
+        help="what the policy knows of the budget; by default the tokens left for tokens, the samples for prompts",
+    )
+    group.add_argument("--pooling", default="last", choices=["last", "mean"], help="of the prompt's hidden states")
+    for name, budget in (("--max-token-budget", "--budget"), ("--max-parallel-budget", "--parallel-budget")):
+        group.add_argument(name, type=positive, help=f"largest that is told apart; by default the largest {budget}")
+    group.add_argument("--deterministic", action="store_true", help="decode with the likeliest action")
+    group.add_argument("--hidden-size", type=positive, default=128, help="width of the two hidden layers")
+    group.add_argument("--dropout", type=float, default=0.1, help="theirs, in training")
+    group.add_argument(
+        "--prior",
+        type=float,
+        metavar="P",
+        help="start with this probability of the action that is the best static on the validation problems, for each "
+        "parallel budget; by default all actions start alike",
+    )
+
+
+def _training_arguments(group: Any) -> None:
+    group.add_argument("--train-problems", type=positive, help="by default all there are, and 4000 of the testbed")
+    group.add_argument("--steps", type=positive, default=60)
+    group.add_argument("--prompts-per-step", type=positive, default=96)
+    group.add_argument("--num-generations", type=positive, default=8, help="completions of each prompt")
+    group.add_argument("--budget", type=positive, nargs="+", default=[48], help="new tokens of each completion")
+    group.add_argument("--parallel-budget", type=positive, nargs="+", default=[1], help="B, one or several")
+    # The others of the trainer need a scorer or a reader of answers, which a command line cannot hand over.
+    group.add_argument("--reward-aggregation", default="mean", choices=["mean", "pass@B"])
+    group.add_argument("--baseline", default="leave_one_out", choices=["leave_one_out", "batch", "ema", "none"])
+    group.add_argument("--entropy-coef", type=float, default=0.01)
+    group.add_argument("--kl-coef", type=float, default=0.0)
+    group.add_argument(
+        "--max-prob-mask", type=float, default=0.95, help="tokens surer than this are greedy (token policies); 0: none"
+    )
+    group.add_argument("--cot-ratio", type=float, default=0.0, help="part of the prompts that ask for a thought")
+    group.add_argument("--cot-template", help="math, code, step_by_step, or the text itself")
+    group.add_argument("--prefilter-samples", type=_count, default=0, help="samples a prompt to filter prompts by")
+    group.add_argument("--learning-rate", type=float, default=5e-3)
+    group.add_argument("--rollout-batch-rows", type=positive, help="most completions decoded at once in training")
+    group.add_argument("--save-steps", type=_count, default=20, help="steps between checkpoints, 0 for none")
+    group.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from the last checkpoint in --output; --no-resume deletes those and starts over",
+    )
+    group.add_argument("--report-to", nargs="+", default=["none"], help="trackers of transformers: tensorboard, ...")
+    group.add_argument("--log-completions", action="store_true", help="write them to DIR/training/completions")
+
+
+def _evaluation_arguments(group: Any) -> None:
+    group.add_argument("--validation-problems", type=positive, default=300, help="to choose baselines on")
+    group.add_argument("--test-problems", type=_count, default=600, help="to report on; 0 for no comparison")
+    group.add_argument("--eval-samples", type=positive, default=8, help="completions of each of them")
+    group.add_argument("--eval-batch-rows", type=positive, default=256, help="sequences decoded at once")
+    group.add_argument(
+        "--twin", action="store_true", help="also train the same policy without its knowledge of the budget"
+    )
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains, saves and compares; returns what it printed as numbers."""
+    from transformers import logging
+
+    started = time.perf_counter()
+    logging.set_verbosity_error()
+    _check(args)
+    actions, reward = _actions(args), reward_function(args.reward)
+    problems = _problems(args)
+    # All that may be wrong shows here, before a model is loaded.
+    plans = [_plan(args, actions, problems, is_twin) for is_twin in ([False, True] if args.twin else [False])]
+    model, tokenizer, policies = _train(args, plans, actions, reward, problems)
+    result = _compare(args, model, tokenizer, problems, reward, actions, policies) if args.test_problems else {}
+    _show(result, plans, args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("command", "json", "config")}
+    result |= {"actions": actions, "training": {plan.name: plan.run.record["log"] for plan in plans}}
+    result |= {"priors": {name: group[0].config.action_prior for name, group in policies.items()}}
+    seconds = time.perf_counter() - started
+    return {**result, "arguments": settings, "seconds": seconds, "environment": environment()}
+
+
+def _train(
+    args: argparse.Namespace, plans: Sequence[_Plan], actions: Any, reward: Any, problems: dict[str, list[Row]]
+) -> tuple[Any, Any, dict[str, list[Any]]]:
+    """A base model, its tokenizer, and the trained policies by name."""
+    policies: dict[str, list[Any]] = {}
+    rates: list[Any] = []
+    for plan in plans:
+        # A base has one adapter, so each policy is trained on a base of its own.
+        model, tokenizer = load_model(args)
+        if args.chat and not tokenizer.chat_template:
+            raise ValueError(f"--chat needs a chat template, and the tokenizer of {args.model} has none; leave it out.")
+
+        def config(plan: _Plan = plan, model: Any = model, tokenizer: Any = tokenizer) -> Any:
+            if args.prior is not None and not rates:
+                rates.append(_rates(args, model, tokenizer, problems["validation"], reward, actions))
+            return plan.config(rates[0] if rates else None)
+
+        how = {"arguments": plan.arguments, "deterministic": args.deterministic}
+        policy = train_in(plan.run, model, tokenizer, config, reward=reward, problems=problems["train"], **how)
+        policies[plan.name] = [policy]
+    return model, tokenizer, policies
+
+
+def _check(args: argparse.Namespace) -> None:
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    measures = bool(args.test_problems) or args.prior is not None
+    if measures and args.eval_samples < max(args.parallel_budget):
+        raise ValueError(
+            f"--eval-samples is {args.eval_samples} and --parallel-budget goes up to {max(args.parallel_budget)}; what "
+            "B samples reach is seen on at least B of them."
+        )
+    if args.prior is not None and not 0 < args.prior <= 1:
+        raise ValueError(f"--prior is {args.prior}; it has to be a probability above 0 and up to 1.")
+    if "none" in (args.told or []) and len(args.told) > 1:
+        raise ValueError(f"--told is {' '.join(args.told)}; `none` stands alone.")
+    if args.twin and args.told == ["none"]:
+        raise ValueError("--twin is the policy that is not told the budget, and --told none is that already.")
+    known = {"none", "all", *get_available_reporting_integrations()}
+    if not set(args.report_to) <= known:
+        raise ValueError(f"--report-to is {' '.join(args.report_to)}; installed are: {', '.join(sorted(known))}.")
+
+
+def _actions(args: argparse.Namespace) -> list[dict[str, float]]:
+    """The actions that `--actions` names, lists or is a file of."""
+    from ..actions import ACTION_PRESETS
+
+    words = args.actions or ["token_math" if args.policy == "token_actions" else "math"]
+    if len(words) == 1 and words[0] in ACTION_PRESETS:
+        return [dict(action) for action in ACTION_PRESETS[words[0]]]
+    if len(words) == 1 and Path(words[0]).suffix == ".json":
+        try:
+            found: list[dict[str, float]] = json.loads(Path(words[0]).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--actions {words[0]} cannot be read: {error}") from error
+        return found
+    try:
+        return [{"temperature": float(word)} for word in words]
+    except ValueError as error:
+        raise ValueError(
+            f"--actions is {' '.join(words)}; it has to be one of {', '.join(ACTION_PRESETS)}, a .json file with a "
+            "list of sampling configurations, or temperatures."
+        ) from error
+
+
+def _problems(args: argparse.Namespace) -> dict[str, list[Row]]:
+    """The rows of each split that is needed."""
+    wanted: dict[str, int | None] = {"train": args.train_problems}
+    if args.test_problems or args.prior is not None:
+        wanted["validation"] = args.validation_problems
+    if args.test_problems:
+        wanted["test"] = args.test_problems
+    problems = {split: load_problems(args, split, count, args.seed) for split, count in wanted.items()}
+    return {split: [_as_chat(row) for row in rows] if args.chat else rows for split, rows in problems.items()}
+
+
+def _as_chat(row: Row) -> Row:
+    prompt = row["prompt"]
+    return row | {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One policy to train: its name in tables, where it goes, how it is trained, and its config by a prior's rates."""
+
+    name: str
+    run: RunFolder
+    arguments: Any
+    config: Callable[[Any], Any]
+
+
+def _plan(
+    args: argparse.Namespace, actions: list[dict[str, float]], problems: dict[str, list[Row]], is_twin: bool
+) -> _Plan:
+    from ..configuration import AutoDecoConfig
+
+    told = [] if is_twin or args.told == ["none"] else args.told
+    fresh = AutoDecoConfig(
+        policy=args.policy,
+        actions=actions,
+        features=args.features,
+        budget_features=told,
+        pooling=args.pooling,
+        max_token_budget=args.max_token_budget or max(2, *args.budget),
+        max_parallel_budget=args.max_parallel_budget or max(2, *args.parallel_budget),
+        policy_hidden_size=args.hidden_size,
+        policy_dropout=args.dropout,
+    )
+
+    def config(rates: Any) -> AutoDecoConfig:
+        if rates is not None:
+            told_samples = "samples" in fresh.budget_features
+            fresh.action_prior = prior_entries(rates, sorted(set(args.parallel_budget)), args.prior, told_samples)
+        return fresh
+
+    folder = Path(args.output, "twin") if is_twin else Path(args.output)
+    free = _FREE if args.prior is not None else _FREE | _FREE_WITHOUT_PRIOR
+    asked = {name: value for name, value in vars(args).items() if name not in free}
+    asked |= {"actions": actions, "told": fresh.budget_features}
+    used = {split: rows for split, rows in problems.items() if split == "train" or (split != "test" and args.prior)}
+    asked["problems"] = hashlib.sha256(json.dumps(used, sort_keys=True, default=str).encode()).hexdigest()
+    kind = "token" if args.policy == "token_actions" else "prompt"
+    name = "its twin, not told the budget" if is_twin else f"learned {kind} policy"
+    run_folder = RunFolder(folder, json.loads(json.dumps(asked)), args.resume)
+    return _Plan(name, run_folder, _trainer_arguments(args, folder), config)
+
+
+def _trainer_arguments(args: argparse.Namespace, folder: Path) -> Any:
+    import torch
+
+    from ..training import REINFORCEDecodingTrainingArguments
+
+    same = ["num_generations", "budget", "parallel_budget", "reward_aggregation", "baseline", "entropy_coef", "kl_coef"]
+    same += ["cot_ratio", "cot_template", "prefilter_samples", "learning_rate", "rollout_batch_rows", "seed"]
+    same += ["report_to", "log_completions"]
+    return REINFORCEDecodingTrainingArguments(
+        output_dir=str(folder / "training"),
+        per_device_train_batch_size=args.prompts_per_step,
+        max_steps=args.steps,
+        max_prob_mask=args.max_prob_mask or None,
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or args.steps,
+        save_total_limit=2,
+        logging_steps=max(1, args.steps // 20),
+        disable_tqdm=False,
+        use_cpu=args.model == TESTBED or not torch.cuda.is_available(),
+        **{name: vars(args)[name] for name in same},
+    )
+
+
+def _rates(args: argparse.Namespace, model: Any, tokenizer: Any, problems: Any, reward: Any, actions: Any) -> Any:
+    budgets, parallel = sorted(set(args.budget)), sorted(set(args.parallel_budget))
+    how = {"samples": args.eval_samples, "seed": args.seed, "batch_rows": args.eval_batch_rows}
+    asked = _as_asked(args, problems)
+    return static_rates(model, tokenizer, asked, reward, actions, budgets, parallel, **how)
+
+
+def _as_asked(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
+    """The rows with the text that training adds to prompts, in the same parts."""
+    from ..training.prompts import Drawer
+
+    drawer = Drawer(args.budget, args.parallel_budget, args.cot_ratio, args.cot_template, args.seed)
+    # No training step has this number.
+    return [row | {"prompt": drawer.draw(index, -1, row["prompt"]).prompt} for index, row in enumerate(rows)]
+
+
+def _compare(
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    problems: dict[str, list[Row]],
+    reward: Any,
+    actions: list[dict[str, float]],
+    policies: dict[str, list[Any]],
+) -> dict[str, Any]:
+    from ..evaluation.baselines import STATIC_GRID, describe
+    from ..evaluation.policies import compare_policies
+
+    # Every action is a static as well, and one of them might be the best.
+    known = {"greedy", *map(describe, STATIC_GRID)}
+    grid = [*STATIC_GRID, *(action for action in actions if describe(action) not in known)]
+    return compare_policies(
+        model,
+        tokenizer,
+        _as_asked(args, problems["validation"]),
+        _as_asked(args, problems["test"]),
+        reward,
+        policies,
+        token_budgets=sorted(set(args.budget)),
+        parallel_budgets=sorted(set(args.parallel_budget)),
+        samples=args.eval_samples,
+        grid=grid,
+        seed=args.seed,
+        batch_rows=args.eval_batch_rows,
+    )
+
+
+def _show(result: dict[str, Any], plans: Sequence[_Plan], args: argparse.Namespace) -> None:
+    from ..evaluation.policy_table import policy_table
+
+    say = sys.stderr if args.json == "-" else sys.stdout
+    if result:
+        budgets = ", ".join(map(str, sorted(set(args.budget))))
+        size = f"{result['problems']} test problems, {result['samples']} samples each, token budgets {budgets}"
+        print(f"\n{size};\nin per cent with 95 % intervals over problems; gains are paired by problem:\n", file=say)
+        print(policy_table(result), file=say)
+    for plan in plans:
+        line = f"AutoDecoForCausalLM.from_pretrained({str(plan.run.adapter)!r})"
+        print(f"\nLoad it in one line ({plan.name}): {line}", file=say)

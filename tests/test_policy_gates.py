@@ -1,0 +1,116 @@
+"""Trained policies beat what they have to beat on the embedded testbed, at a size that takes seconds and a fixed seed.
+
+The gains asked for are far below those of a full training (see the README), and several standard errors above nothing.
+"""
+
+import pytest
+import torch
+
+from hf_adaptive_decode import (
+    AutoDecoConfig,
+    AutoDecoForCausalLM,
+    REINFORCEDecodingTrainer,
+    REINFORCEDecodingTrainingArguments,
+)
+from hf_adaptive_decode.evaluation.policies import compare_policies
+from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer, testbed_reward
+
+
+def train(tmp_path, config, **settings):
+    torch.manual_seed(0)
+    args = REINFORCEDecodingTrainingArguments(
+        output_dir=tmp_path,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    tokenizer = load_tokenizer()
+    config = AutoDecoConfig(max_token_budget=64, max_parallel_budget=8, **config)
+    model = AutoDecoForCausalLM.from_base(load_base_model(), config)
+    REINFORCEDecodingTrainer(
+        model, testbed_reward, args, build_problems("train", 2000), processing_class=tokenizer
+    ).train()
+    return model, tokenizer
+
+
+def gains(model, tokenizer, over, problems=200, **cells):
+    """Gains in points over the decoders whose names begin with `over`, one list for each, one number for each B."""
+    grid = [{"temperature": t, "top_p": p} for t in (0.5, 1.0, 1.25) for p in (0.8, 1.0)]
+    found = compare_policies(
+        model,
+        tokenizer,
+        build_problems("validation", problems // 2),
+        build_problems("test", problems),
+        testbed_reward,
+        {"policy": [model.decoding_adapter]},
+        samples=8,
+        grid=grid,
+        batch_rows=2048,
+        show_progress=False,
+        **cells,
+    )
+    pooled = [cell for cell in found["cells"] if cell["token_budget"] is None]
+    rows = [[next(row for row in cell["rows"] if row["decoder"].startswith(name)) for cell in pooled] for name in over]
+    return [[100 * row["gain"]["mean"] for row in found] for found in rows]
+
+
+def test_a_token_policy_beats_greedy_and_its_own_mean(tmp_path):
+    actions = [{"temperature": t} for t in (0.0, 0.5, 1.0, 1.5)]
+    model, tokenizer = train(
+        tmp_path,
+        {"policy": "token_actions", "actions": actions},
+        max_steps=25,
+        per_device_train_batch_size=48,
+        num_generations=8,
+        budget=48,
+    )
+    over = ["greedy", "MeanShift", "best static"]
+    for found in gains(model, tokenizer, over, token_budgets=[48], parallel_budgets=[1]):
+        assert found[0] > 8
+
+
+def test_a_prompt_policy_that_is_told_b_beats_the_best_static_at_each(tmp_path):
+    actions = [{"temperature": t} for t in (0.0, 0.75, 1.0)] + [{"temperature": 1.5, "top_p": 0.8}]
+    model, tokenizer = train(
+        tmp_path,
+        {"policy": "sequence_actions", "actions": actions},
+        max_steps=60,
+        per_device_train_batch_size=48,
+        num_generations=8,
+        budget=28,
+        parallel_budget=[1, 4, 8],
+        reward_aggregation="pass@B",
+    )
+    (found,) = gains(model, tokenizer, ["best static"], token_budgets=[28], parallel_budgets=[1, 4, 8])
+    assert found[0] > 6
+    assert found[1] > 1
+    assert found[2] > -1
+
+
+@pytest.mark.parametrize("told", [["tokens"], []], ids=["told", "twin"])
+def test_a_policy_learns_that_a_short_budget_wants_the_short_answer_only_if_it_is_told(tmp_path, told):
+    model, tokenizer = train(
+        tmp_path,
+        {"policy": "token_actions", "actions": [{"temperature": 0.0}, {"temperature": 1.5}], "budget_features": told},
+        max_steps=30,
+        per_device_train_batch_size=32,
+        num_generations=8,
+        budget=[6, 24],
+        entropy_coef=0.03,
+    )
+    policy = model.decoding_adapter
+    prompts = [row["prompt"] for row in build_problems("test", 20, types=["calc"])]
+    hot = {}
+    for budget in (6, 24):
+        state = [model.generate(**tokenizer(p, return_tensors="pt"), budget=budget, **_traced()) for p in prompts]
+        hot[budget] = sum(float(one.decoding_trace.action[0, 0] == 1) for one in state) / len(prompts)
+    assert policy.config.budget_features == told
+    # 20 prompts a budget: a policy that does not know the budget differs between them by chance alone, and by more than
+    # .6 in fewer than 1 of 1,000 runs.
+    assert (hot[24] - hot[6] > 0.6) == bool(told)
+
+
+def _traced():
+    return {"return_dict_in_generate": True, "output_decoding_trace": True}
