@@ -1,6 +1,4 @@
-"""What the trainers share: checkpoints that are whole or not there, and a loss that runs as the wrapped model's forward;
-knows the Trainer's files, no loss and no rollout.
-"""
+"""Checkpoints of adapters that are whole or not there; knows the Trainer's files, no loss and no rollout."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
 from ..hub.store import WEIGHTS_FILE, load_into
 from ..modeling import AutoDecoForCausalLM
@@ -51,21 +49,28 @@ class AdapterTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._is_staging = False
+        is_best = self.state.best_model_checkpoint == str(staging / name)
+        if is_best:
+            self.state.best_model_checkpoint = str(run / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.save_extra_state(staging / name)
-            if self.state.best_model_checkpoint == str(staging / name):
-                self.state.best_model_checkpoint = str(run / name)
+            if is_best:
                 self.state.save_to_json(str(staging / name / _STATE_FILE))
-            _publish(staging / name, run / name)
-            staging.rmdir()
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            _publish(staging / name, run / name, staging / "replaced")
+            self._discard_surplus(run, staging)
+            shutil.rmtree(staging)
         self.accelerator.wait_for_everyone()
+
+    def _discard_surplus(self, run: Path, staging: Path) -> None:
+        """As `rotate_checkpoints` chooses; each is moved away first, so that none is ever there in part."""
+        limit, ordered = self.args.save_total_limit, sort_checkpoints(str(run), use_mtime=True)
+        if limit is None or limit <= 0:
+            return
+        kept = {ordered[-1], str(self.state.best_model_checkpoint)} & set(ordered)
+        spare = [checkpoint for checkpoint in ordered if checkpoint not in kept]
+        for checkpoint in spare[: max(0, len(ordered) - max(limit, len(kept)))]:
+            os.rename(checkpoint, staging / Path(checkpoint).name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = cast(AutoDecoForCausalLM, model if model is not None else self.model)
@@ -76,13 +81,13 @@ class AdapterTrainer(Trainer):
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint))
 
 
-def _publish(staged: Path, final: Path) -> None:
-    """Renames a folder once everything in it is on disk; one that has the name already makes way."""
+def _publish(staged: Path, final: Path, replaced: Path) -> None:
+    """Renames a folder once everything in it is on disk; one that has the name already makes way, as a whole."""
     for path in staged.rglob("*"):
         _flush(path)
     _flush(staged)
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, replaced)
     os.rename(staged, final)
     _flush(final.parent)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,12 @@ def prefiltered(
     """
     items = [dataset[index] for index in range(len(dataset))]
     samples = args.prefilter_samples
+    maker.model.eval()
+    tokenizer = copy.copy(maker.tokenizer)
+    tokenizer.apply_chat_template = partial(maker.tokenizer.apply_chat_template, **(maker.chat_template_kwargs or {}))
     completions = complete(
         maker.model,
-        maker.tokenizer,
+        tokenizer,
         [item["prompt"] for item in items],
         samples=samples,
         token_budget=maker.drawer.largest_tokens,

@@ -34,7 +34,7 @@ from .policy_loss import policy_loss
 from .prefilter import prefiltered
 from .prompts import PromptDataset
 from .reinforce_arguments import REINFORCEDecodingTrainingArguments
-from .rollout_metrics import rollout_metrics, write_completions
+from .rollout_metrics import Mean, rollout_metrics, write_completions
 from .rollouts import Rollout, RolloutMaker
 
 _STATE_FILE = "reinforce_state.safetensors"
@@ -75,6 +75,9 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
     >>> trainer.train()
     ```
     """
+
+    train_dataset: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         self.add_callback(_NoStepWithoutCredit(self))
         if train_dataset is not None and args.prefilter_samples:
             self.train_dataset, kept = prefiltered(self._maker, self.train_dataset, args)
-            self._note("train", {"prefilter/kept_fraction": kept})
+            self._note("train", {"prefilter/kept_fraction": (kept, 1.0)})
 
     @property
     def _settings(self) -> REINFORCEDecodingTrainingArguments:
@@ -155,7 +158,8 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         with adaptive.running_instead(lambda: self._loss(rollout, advantage)):
             loss = cast(torch.Tensor, model())
         seconds = {"seconds/rollout": rolled - started, "seconds/loss": time.perf_counter() - rolled}
-        self._note("train", {**rollout_metrics(rollout, self._maker.rewards.names, self._policy), **seconds})
+        self._note("train", rollout_metrics(rollout, self._maker.rewards.names, self._policy))
+        self._note("train", {name: (value, 1.0) for name, value in seconds.items()})
         self._latest = rollout
         return (loss, {}) if return_outputs else loss
 
@@ -171,9 +175,9 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         known = rollout.table[np.isfinite(rollout.table)]
         total = torch.tensor([known.sum(), len(known)], dtype=torch.float64, device=self.args.device)
         summed, count = self.accelerator.reduce(total, "sum").tolist()
-        mean = summed / max(count, 1)
+        mean = summed / max(count, 1.0)
         baseline = {"batch": mean, "none": 0.0}.get(settings.baseline, self._average / max(self._average_weight, 1e-12))
-        decay = settings.ema_decay
+        decay = settings.ema_decay if count else 1.0  # a batch without a reward says nothing
         self._average = decay * self._average + (1 - decay) * mean
         self._average_weight = decay * self._average_weight + (1 - decay)
         if kept.any():
@@ -209,15 +213,21 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
             kl_coef=self._settings.kl_coef,
             reference=reference,
         )
-        self._note("train", {"entropy": found.entropy * count / len(mine), "kl": found.kl * count / len(mine)})
+        own = {"entropy": found.entropy, "kl": found.kl}  # parts of the means over all processes
+        self._note("train", {name: (value * count / len(mine), len(mine)) for name, value in own.items()})
         return found.loss
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """Decodes and rewards evaluation prompts, with the same draws at every evaluation."""
-        rollout = self._maker.roll_out(self._policy, inputs, _EVALUATION, self.state)
-        self._note("eval", rollout_metrics(rollout, self._maker.rewards.names, self._policy))
+        loader = self.accelerator.gradient_state
+        if loader.end_of_dataloader and loader.remainder > 0:
+            # The last batches of several processes are filled up with prompts that were there before.
+            inputs = inputs[: max(0, loader.remainder - self.accelerator.process_index * self.args.eval_batch_size)]
+        if inputs:
+            rollout = self._maker.roll_out(self._policy, inputs, _EVALUATION, self.state)
+            self._note("eval", rollout_metrics(rollout, self._maker.rewards.names, self._policy))
         return torch.zeros((), device=self.args.device), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -228,12 +238,12 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
-    def _note(self, mode: str, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
+    def _note(self, mode: str, metrics: dict[str, Mean]) -> None:
+        for name, (value, weight) in metrics.items():
             if np.isfinite(value):
                 entry = self._sums[mode][name]
-                entry[0] += value
-                entry[1] += 1
+                entry[0] += value * weight
+                entry[1] += weight
 
     def _drain(self, mode: str) -> dict[str, float]:
         """Means since the last time, over all processes."""
@@ -261,8 +271,8 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         warmup = self.args.get_warmup_steps(num_training_steps)
 
         def factor(step: int) -> float:
-            falling = max(ratio, 1e-12) ** (max(0, step - warmup) / max(1, num_training_steps - warmup))
-            return min(1.0, (step + 1) / (warmup + 1)) * falling
+            share = max(0, step - warmup) / max(1, num_training_steps - warmup)
+            return float(min(1.0, (step + 1) / (warmup + 1)) * max(ratio, 1e-12) ** share)
 
         self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
         self._created_lr_scheduler = True

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ..errors import BudgetError
 from .credit import AGGREGATIONS
 from .prompts import Drawer
 
 BASELINES = ("leave_one_out", "batch", "ema", "none")
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+_MAY_BE_NONE = ("max_prob_mask", "action_temperature", "final_learning_rate_ratio", "rollout_batch_rows")
 
 
 @dataclass
@@ -71,37 +71,41 @@ class REINFORCEDecodingTrainingArguments(TrainingArguments):
             Whether to write each logged step's completions to `completions/` in the output folder, as JSON Lines.
     """
 
-    num_generations: int = _option(8, "Completions of each prompt.")
-    budget: Any = _option(256, "Token budget, or what to draw it from.")
-    parallel_budget: Any = _option(1, "Parallel budget B, or what to draw it from.")
-    reward_aggregation: str = _option("mean", "mean, pass@B, best_of or majority.")
-    baseline: str = _option("leave_one_out", "leave_one_out, batch, ema or none.")
-    ema_decay: float = _option(0.9, "Decay of the ema baseline.")
-    entropy_coef: float = _option(0.01, "Weight of the entropy bonus.")
-    kl_coef: float = _option(0.0, "Weight of the KL divergence from the initial policy.")
-    max_prob_mask: float | None = _option(0.95, "Tokens surer than this are not decided.")
-    action_temperature: float | None = _option(None, "Divides the policy's logits.")
-    drop_equal_groups: bool = _option(True, "Drop prompts whose samples all earned the same.")
-    prefilter_samples: int = _option(0, "Samples a prompt to filter prompts by before training.")
+    num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
+    budget: Any = field(default=256, metadata={"help": "Token budget, or what to draw it from."})
+    parallel_budget: Any = field(default=1, metadata={"help": "Parallel budget B, or what to draw it from."})
+    reward_aggregation: str = field(default="mean", metadata={"help": "mean, pass@B, best_of or majority."})
+    baseline: str = field(default="leave_one_out", metadata={"help": "leave_one_out, batch, ema or none."})
+    ema_decay: float = field(default=0.9, metadata={"help": "Decay of the ema baseline."})
+    entropy_coef: float = field(default=0.01, metadata={"help": "Weight of the entropy bonus."})
+    kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the initial policy."})
+    max_prob_mask: float | None = field(default=0.95, metadata={"help": "Tokens surer than this are not decided."})
+    action_temperature: float | None = field(default=None, metadata={"help": "Divides the policy's logits."})
+    drop_equal_groups: bool = field(default=True, metadata={"help": "Drop prompts whose samples all earned the same."})
+    prefilter_samples: int = field(default=0, metadata={"help": "Samples a prompt, to filter by before training."})
     prefilter_range: list[float] = field(
         default_factory=lambda: [0.05, 0.95], metadata={"help": "Success rates to train on."}
     )
-    reward_weights: list[float] | None = _option(None, "Weight of each reward function.")
-    reward_errors: str = _option("raise", "raise or skip.")
-    reward_timeout: float | None = _option(None, "Seconds after which a reward is killed.")
-    cot_ratio: float = _option(0.0, "Part of the prompts with a chain-of-thought text.")
-    cot_template: Any = _option(None, "math, code, step_by_step, a text, or a mapping.")
-    chat_template_kwargs: dict[str, Any] | str | None = _option(None, "Passed to the chat template.")
-    final_learning_rate_ratio: float | None = _option(0.1, "Where the exponential decay of the learning rate ends.")
-    rollout_batch_rows: int | None = _option(None, "Most completions decoded at once.")
-    log_completions: bool = _option(False, "Write completions to the output folder.")
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each reward function."})
+    reward_errors: str = field(default="raise", metadata={"help": "raise or skip."})
+    reward_timeout: float | None = field(default=None, metadata={"help": "Seconds after which a reward is killed."})
+    cot_ratio: float = field(default=0.0, metadata={"help": "Part of the prompts with a chain-of-thought text."})
+    cot_template: Any = field(default=None, metadata={"help": "math, code, step_by_step, a text, or a mapping."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Passed to the chat template."}
+    )
+    final_learning_rate_ratio: float | None = field(default=0.1, metadata={"help": "Where the learning rate ends."})
+    rollout_batch_rows: int | None = field(default=None, metadata={"help": "Most completions decoded at once."})
+    log_completions: bool = field(default=False, metadata={"help": "Write completions to the output folder."})
 
-    learning_rate: float = _option(5e-3, "Initial learning rate.")
-    logging_steps: float = _option(5, "Log every so many steps.")
-    remove_unused_columns: bool | None = _option(False, "Kept off: rewards read the other columns.")
+    learning_rate: float = field(default=5e-3, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(default=5, metadata={"help": "Log every so many steps."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Kept off: rewards read them."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_numbers()
+        self._check_budgets()
         for name, allowed in (
             ("reward_aggregation", AGGREGATIONS),
             ("baseline", BASELINES),
@@ -119,8 +123,7 @@ class REINFORCEDecodingTrainingArguments(TrainingArguments):
                 f"`num_generations` is {self.num_generations}; leaving one out takes at least 2. For one completion a "
                 'prompt choose `baseline="batch"`, "ema" or "none".'
             )
-        self._check_numbers()
-        drawer = self.drawer()  # raises for a bad budget now, not at the first step
+        drawer = self.drawer()
         if drawer.largest_samples > self.num_generations and self.reward_aggregation != "mean":
             raise ValueError(
                 f"`parallel_budget` goes up to {drawer.largest_samples} and `num_generations` is "
@@ -128,24 +131,44 @@ class REINFORCEDecodingTrainingArguments(TrainingArguments):
             )
 
     def _check_numbers(self) -> None:
-        for name, low, high in (
-            ("num_generations", 1, None),
-            ("entropy_coef", 0, None),
-            ("kl_coef", 0, None),
-            ("prefilter_samples", 0, None),
-            ("ema_decay", 0, 1),
-            ("max_prob_mask", 0, 1),
-            ("final_learning_rate_ratio", 0, 1),
-            ("rollout_batch_rows", 1, None),
+        for name, kind, low, high in (
+            ("num_generations", Integral, 1, math.inf),
+            ("entropy_coef", Real, 0, math.inf),
+            ("kl_coef", Real, 0, math.inf),
+            ("prefilter_samples", Integral, 0, math.inf),
+            ("ema_decay", Real, 0, 1),
+            ("max_prob_mask", Real, 0, 1),
+            ("action_temperature", Real, 1e-3, 1e3),
+            ("final_learning_rate_ratio", Real, 0, 1),
+            ("rollout_batch_rows", Integral, 1, math.inf),
         ):
             value = getattr(self, name)
-            if value is not None and not (value >= low and (high is None or value <= high)):
-                wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise ValueError(f"`{name}` is {value!r}; it has to be {wanted}.")
-        low_high = self.prefilter_range
-        if len(low_high) != 2 or not 0 <= low_high[0] <= low_high[1] <= 1:
-            raise ValueError(f"`prefilter_range` is {low_high!r}; it has to be two rates, 0 <= low <= high <= 1.")
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not _is_within(value, kind, low, high):
+                what = "a whole number" if kind is Integral else "a number"
+                span = f"of at least {low}" if high == math.inf else f"from {low:g} to {high:g}"
+                raise ValueError(f"`{name}` is {value!r}; it has to be {what} {span}.")
+        ends = self.prefilter_range
+        if len(ends) != 2 or not all(_is_within(end, Real, 0, 1) for end in ends) or ends[0] > ends[1]:
+            raise ValueError(f"`prefilter_range` is {ends!r}; it has to be two rates, 0 <= low <= high <= 1.")
+
+    def _check_budgets(self) -> None:
+        """A bad budget is refused now, not at the first step; a range is kept as what JSON knows, too."""
+        for name, budgets in (("budget", (self.budget, 1)), ("parallel_budget", (1, self.parallel_budget))):
+            try:
+                Drawer(*budgets)
+            except BudgetError as error:
+                raise BudgetError(f"`{name}`: {error}") from error
+            value = getattr(self, name)
+            if isinstance(value, range):
+                setattr(self, name, {"low": value[0], "high": value[-1]} if value.step == 1 else list(value))
 
     def drawer(self) -> Drawer:
         """What decides each prompt's budgets and text, reproducibly."""
         return Drawer(self.budget, self.parallel_budget, self.cot_ratio, self.cot_template, self.seed)
+
+
+def _is_within(value: Any, kind: Any, low: float, high: float) -> bool:
+    """Whether `value` is a finite number of a kind, from low to high."""
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high and value != math.inf

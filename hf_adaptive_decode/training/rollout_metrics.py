@@ -11,10 +11,14 @@ import torch
 from ..policies.action_policy import ActionPolicy
 from .rollouts import Rollout
 
+Mean = tuple[float, float]  # and how many things it is the mean of; NaN of none
 
-def rollout_metrics(rollout: Rollout, names: list[str], policy: ActionPolicy) -> dict[str, float]:
+
+def rollout_metrics(rollout: Rollout, names: list[str], policy: ActionPolicy) -> dict[str, Mean]:
     """
-    Scalars by name, where TRL logs the same under TRL's name; NaN where there is nothing to report.
+    Means by name, where TRL logs the same under TRL's name.
+
+    Each comes with its weight among those of other batches, which so may be of any size.
 
     `objective` is what B samples are worth, with `objective/B=4` for prompts with that B; `action/2` the part of the
     decisions that took action 2; `kept_fraction` the part of the prompts that are learned from.
@@ -24,24 +28,23 @@ def rollout_metrics(rollout: Rollout, names: list[str], policy: ActionPolicy) ->
         "reward": _mean(total),
         "reward_std": _mean(rollout.table.std(axis=1)),
         "objective": _mean(rollout.value),
-        "kept_fraction": float(rollout.kept.mean()),
+        "kept_fraction": _mean(rollout.kept),
         "frac_reward_zero_std": _mean((rollout.table == rollout.table[:, :1]).all(axis=1)),
-        "rewards/skipped": float(rollout.rewards.skipped),
+        "rewards/skipped": (float(rollout.rewards.skipped), 1.0),
         "completions/mean_length": _mean([len(one.token_ids) for one in rollout.completions]),
         "completions/clipped_ratio": _mean([not one.ended for one in rollout.completions]),
-        "decisions_per_completion": 0.0,
+        "decisions_per_completion": (0.0, float(len(rollout.completions))),
     }
     for name, values in zip(names, rollout.rewards.values, strict=True):
         found[f"rewards/{name}/mean"] = _mean(values)
-    budgets = np.unique(rollout.parallel)
-    if len(budgets) > 1:
-        found |= {f"objective/B={b}": _mean(rollout.value[rollout.parallel == b]) for b in budgets.tolist()}
+    budgets = np.unique(rollout.parallel).tolist()
+    found |= {f"objective/B={b}": _mean(rollout.value[rollout.parallel == b]) for b in budgets}
     if rollout.decisions is not None:
         taken = rollout.decisions.action
-        found["decisions_per_completion"] = len(taken) / len(rollout.completions)
+        found["decisions_per_completion"] = (len(taken) / len(rollout.completions), float(len(rollout.completions)))
         counts = torch.bincount(taken, minlength=len(policy.config.actions or [])).tolist()
-        found |= {f"action/{action}": count / len(taken) for action, count in enumerate(counts)}
-    return found | rollout.rewards.metrics
+        found |= {f"action/{action}": (count / len(taken), len(taken)) for action, count in enumerate(counts)}
+    return found | {name: (value, len(rollout.completions)) for name, value in rollout.rewards.metrics.items()}
 
 
 def write_completions(rollout: Rollout, names: list[str], path: Path) -> None:
@@ -65,7 +68,7 @@ def write_completions(rollout: Rollout, names: list[str], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _mean(values: object) -> float:
+def _mean(values: object) -> Mean:
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[np.isfinite(numbers)]
-    return float(numbers.mean()) if numbers.size else float("nan")
+    return (float(numbers.mean()) if numbers.size else float("nan")), float(numbers.size)

@@ -64,7 +64,7 @@ class RolloutMaker:
         samples (`int`): Completions of each prompt.
         aggregation (`str`): As [`~training.credit.credit`] takes it.
         scorer ([`RewardFunctions`], *optional*), answer_of (`Callable`, *optional*): For `"best_of"`, `"majority"`.
-        drop_equal (`bool`): Whether prompts whose samples all earned the same are not kept.
+        drop_equal (`bool`): Whether prompts whose samples, if several, all earned the same are not kept.
         batch_rows (`int`, *optional*): Most rows decoded at once.
         chat_template_kwargs (`dict`, *optional*): For conversational prompts.
         seed (`int`): For other draws.
@@ -116,7 +116,8 @@ class RolloutMaker:
         value = np.full(len(items), np.nan)
         if known.any():
             value[known] = group_value(table[known], *self.of_groups(known, parallel, scores, answers))
-        kept = known & (table != table[:, :1]).any(axis=1) if self.drop_equal else known
+        drops = self.drop_equal and self.samples > 1
+        kept = known & (table != table[:, :1]).any(axis=1) if drops else known
         return Rollout(
             list(items), draws, completions, decisions, rewards, table, parallel, kept, value, scores, answers
         )
@@ -142,15 +143,13 @@ class RolloutMaker:
         for start in range(0, len(items), group):
             part = range(start, min(start + group, len(items)))
             prompt = torch.arange(len(part), device=device).repeat_interleave(self.samples)
+            names = [(items[i]["index"], sample) for i in part for sample in range(self.samples)]
             rows = Rows(
                 [encoded[i] for i in part],
                 prompt,
                 torch.tensor([draws[i].tokens for i in part], device=device)[prompt],
                 torch.tensor([draws[i].samples for i in part], device=device)[prompt],
-                torch.tensor(
-                    [row_key(self.seed, step, items[i]["index"], sample) for i in part for sample in range(self.samples)],
-                    device=device,
-                ),
+                torch.tensor([row_key(self.seed, step, *name) for name in names], device=device),
             )
             decoded = decode(self.model, policy, rows, **special, records="decisions")
             if decoded.decisions is not None:
