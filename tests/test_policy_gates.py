@@ -24,7 +24,8 @@ def train(tmp_path, config, **settings):
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        **settings,
+        learning_rate=5e-3,
+        **{"entropy_coef": 0.01, **settings},
     )
     tokenizer = load_tokenizer()
     config = AutoDecoConfig(max_token_budget=64, max_parallel_budget=8, **config)

@@ -84,6 +84,13 @@ def test_the_best_arm_of_a_bandit_is_found(tmp_path):
     assert choice(trainer, "steady")[1] > 0.9
 
 
+def test_a_policy_that_is_to_take_its_likeliest_action_still_tries_the_others_in_training(tmp_path):
+    trainer = train(tmp_path, says("b"), STEADY, settings=config(deterministic=True), max_steps=40, learning_rate=1e-2)
+    assert choice(trainer, "steady")[1] > 0.9
+    assert trainer.model.decoding_adapter.deterministic
+    assert trainer.evaluate(STEADY)["eval_action/1"] == 1.0
+
+
 def test_a_policy_that_is_told_b_samples_differently_for_one_and_for_four(tmp_path):
     how = {"reward_aggregation": "pass@B", "parallel_budget": [1, 4], "num_generations": 16, "max_steps": 100}
     how |= {"learning_rate": 3e-3, "final_learning_rate_ratio": None}
@@ -136,7 +143,14 @@ def test_what_b_samples_are_worth_decides_the_action(name, tmp_path):
 )
 def test_every_baseline_learns_also_from_single_completions(baseline, samples, tmp_path):
     trainer = train(
-        tmp_path, says("a"), STEADY, baseline=baseline, num_generations=samples, max_steps=60, learning_rate=1e-2
+        tmp_path,
+        says("a"),
+        STEADY,
+        baseline=baseline,
+        num_generations=samples,
+        max_steps=60,
+        learning_rate=1e-2,
+        entropy_coef=0.01,
     )
     assert choice(trainer, "steady")[0] > 0.9
 

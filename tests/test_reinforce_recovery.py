@@ -1,9 +1,13 @@
 """`REINFORCEDecodingTrainer` when it is killed, and when it is two processes: neither may make a difference."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import reinforce_runs
@@ -162,6 +166,25 @@ def test_two_processes_are_one_with_twice_the_batch(options, processes, tmp_path
         assert set(whole) == set(both)
         for name, value in whole.items():
             assert both[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_accelerate_launches_two_processes_that_are_one_with_twice_the_batch(processes, tmp_path):
+    options = {**PLAIN, "policy": TOKENS, "scenario": "usual", "per_device_train_batch_size": 4, "max_steps": 3}
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    here = Path(__file__).parent
+    # "multi_gpu" names the launcher; the arguments keep to the CPU, where processes meet by gloo.
+    found = subprocess.run(
+        [sys.executable, *launch, str(here / "reinforce_launched.py"), str(tmp_path), json.dumps(options)],
+        env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    reinforce_runs.together(processes, 1, tmp_path, {**options, "per_device_train_batch_size": 8})
+    assert_near(adapter(tmp_path, 0, 1), adapter(tmp_path, 0, 2))
 
 
 def test_two_processes_without_anything_to_decide_in_one_of_them_do_not_wait_for_each_other(processes, tmp_path):

@@ -81,7 +81,7 @@ def _training_arguments(group: Any) -> None:
     # The others of the trainer need a scorer or a reader of answers, which a command line cannot hand over.
     group.add_argument("--reward-aggregation", default="mean", choices=["mean", "pass@B"])
     group.add_argument("--baseline", default="leave_one_out", choices=["leave_one_out", "batch", "ema", "none"])
-    group.add_argument("--entropy-coef", type=float, default=0.01)
+    group.add_argument("--entropy-coef", type=float, default=0.03)
     group.add_argument("--kl-coef", type=float, default=0.0)
     group.add_argument(
         "--max-prob-mask", type=float, default=0.95, help="tokens surer than this are greedy (token policies); 0: none"
@@ -89,7 +89,7 @@ def _training_arguments(group: Any) -> None:
     group.add_argument("--cot-ratio", type=float, default=0.0, help="part of the prompts that ask for a thought")
     group.add_argument("--cot-template", help="math, code, step_by_step, or the text itself")
     group.add_argument("--prefilter-samples", type=_count, default=0, help="samples a prompt to filter prompts by")
-    group.add_argument("--learning-rate", type=float, default=5e-3)
+    group.add_argument("--learning-rate", type=float, default=3e-3)
     group.add_argument("--rollout-batch-rows", type=positive, help="most completions decoded at once in training")
     group.add_argument("--save-steps", type=_count, default=20, help="steps between checkpoints, 0 for none")
     group.add_argument(

@@ -124,10 +124,9 @@ def compare_policies(
         seed, how: As [`~engines.transformers.complete`] takes them.
 
     Returns:
-        `dict` of JSON's types: `cells`, for each B one of all token budgets together (`None`), and one for each if there
-        are several, with the interval of every decoder and of the first policy's gain over it.
+        `dict` of JSON's types: `cells`, for each B one of all token budgets together (`None`), and one for each if
+        there are several, with the interval of every decoder and of the first policy's gain over it.
     """
-
     if samples < max(parallel_budgets):
         raise ValueError(f"`samples` is {samples}; pass@{max(parallel_budgets)} needs at least as many.")
     common = (reward, token_budgets, samples)

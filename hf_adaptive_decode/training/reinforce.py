@@ -35,7 +35,7 @@ from .prefilter import prefiltered
 from .prompts import PromptDataset
 from .reinforce_arguments import REINFORCEDecodingTrainingArguments
 from .rollout_metrics import Mean, rollout_metrics, write_completions
-from .rollouts import Rollout, RolloutMaker
+from .rollouts import Rollout, RolloutMaker, evaluation_sets
 
 _STATE_FILE = "reinforce_state.safetensors"
 # No training step has this number, so evaluation draws what training never does, and the same every time.
@@ -121,7 +121,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
             model=base,
             args=args,
             train_dataset=None if train_dataset is None else PromptDataset(train_dataset),
-            eval_dataset=_evaluation_sets(eval_dataset),
+            eval_dataset=evaluation_sets(eval_dataset),
             processing_class=processing_class,
             **kwargs,
         )
@@ -150,7 +150,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """Decodes the batch of prompts, has it rewarded, and gives the loss of its decisions."""
         started = time.perf_counter()
-        rollout = self._maker.roll_out(self._policy, inputs, self.state.global_step, self.state)
+        rollout = self._maker.roll_out(self._policy, inputs, self.state.global_step, self.state, explores=True)
         advantage = self._advantages(rollout)
         rolled = time.perf_counter()
         # As the forward of the wrapped model, so that gradients are averaged over processes.
@@ -216,6 +216,11 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         own = {"entropy": found.entropy, "kl": found.kl}  # parts of the means over all processes
         self._note("train", {name: (value * count / len(mine), len(mine)) for name, value in own.items()})
         return found.loss
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, on data sets of the same formats as at the beginning."""
+        known = eval_dataset if isinstance(eval_dataset, str) else evaluation_sets(eval_dataset)
+        return cast(dict[str, float], super().evaluate(known, *args, **kwargs))
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -337,11 +342,3 @@ def _check_helpers(args: REINFORCEDecodingTrainingArguments, scorer: object, ans
     for aggregation, name, given in (("best_of", "scorer", scorer), ("majority", "answer_of", answer_of)):
         if args.reward_aggregation == aggregation and given is None:
             raise ValueError(f'`reward_aggregation="{aggregation}"` needs the trainer\'s `{name}`.')
-
-
-def _evaluation_sets(dataset: Any) -> Any:
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {name: PromptDataset(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
-    return PromptDataset(dataset, "eval_dataset")

@@ -17,7 +17,7 @@ from ..policies.action_policy import ActionPolicy
 from ..randomness import row_key
 from ..rewards.calls import RewardFunctions, Rewards
 from .credit import group_value
-from .prompts import Draw, Drawer
+from .prompts import Draw, Drawer, PromptDataset
 
 Item = dict[str, Any]  # index, prompt, columns
 AnswerOf = Callable[[str], Hashable]
@@ -91,15 +91,19 @@ class RolloutMaker:
         self.drop_equal, self.batch_rows = drop_equal, batch_rows
         self.chat_template_kwargs, self.seed = chat_template_kwargs, seed
 
-    def roll_out(self, policy: ActionPolicy, items: Sequence[Item], step: int, trainer_state: Any = None) -> Rollout:
-        """Decodes and rewards one batch; the policy is in evaluation mode meanwhile."""
+    def roll_out(
+        self, policy: ActionPolicy, items: Sequence[Item], step: int, trainer_state: Any = None, explores: bool = False
+    ) -> Rollout:
+        """Decodes and rewards one batch, the policy in evaluation mode; exploring, it always draws its actions."""
         draws = [self.drawer.draw(item["index"], step, item["prompt"]) for item in items]
-        was_training = policy.training
+        was_training, deterministic = policy.training, policy.deterministic
         policy.eval()
+        policy.deterministic = deterministic and not explores
         try:
             completions, decisions = self._decode(policy, items, draws, step)
         finally:
             policy.train(was_training)
+            policy.deterministic = deterministic
         shape = (len(items), self.samples)
         rewards = self._score(self.rewards, items, draws, completions, trainer_state)
         table = rewards.total.reshape(shape)
@@ -179,3 +183,12 @@ class RolloutMaker:
             groups=[items[group]["index"] for group in owner],
             trainer_state=trainer_state,
         )
+
+
+def evaluation_sets(dataset: Any) -> Any:
+    """Data sets to evaluate on, as prompts; those of a mapping, which training would mix, one by one."""
+    if dataset is None or isinstance(dataset, PromptDataset):
+        return dataset
+    if isinstance(dataset, dict):
+        return {name: evaluation_sets(part) for name, part in dataset.items()}
+    return PromptDataset(dataset, "eval_dataset")
