@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import readme_tables
 
 from hf_adaptive_decode.cli.main import COMMANDS
 from hf_adaptive_decode.evaluation import comparison_table
@@ -38,6 +39,21 @@ def test_the_files_that_the_readme_links_to_exist(link):
 def test_the_demos_table_is_the_one_in_its_results():
     result = json.loads((ROOT / "examples" / "results" / "demo.json").read_text(encoding="utf-8"))
     assert comparison_table(result) in README
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        readme_tables.token_policy,
+        lambda: readme_tables.against_statics("one_policy", "twin"),
+        lambda: readme_tables.cells_of("one_policy"),
+        lambda: readme_tables.against_statics("sequence", "twin"),
+        readme_tables.small_budgets,
+    ],
+    ids=["token", "one policy", "its cells", "sequence", "small budgets"],
+)
+def test_the_policies_tables_are_those_of_their_results(table):
+    assert table() in README
 
 
 def test_the_ratios_are_the_ones_in_the_benchmarks_results():
