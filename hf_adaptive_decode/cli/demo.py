@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Both chosen on validation problems: here the paper's weighting holds the heads back at the forks.
     parser.add_argument("--dft-weight", default="off", choices=["off", "base", "scaled"], help="paper: base")
     parser.add_argument("--easy-token-mask-ratio", type=float, default=0.6, help="paper: 0.6")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the embedded model is too small for more")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         samples=args.samples,
         token_budget=args.token_budget,
         seed=args.seed,
-        batch_rows=256,
+        batch_rows=1024,
     )
     result = comparison.as_dict()
     adapter = Path(args.output, "adapter")
@@ -83,7 +83,7 @@ def _train(args: argparse.Namespace) -> tuple[Any, Any]:
         testbed_reward,
         token_budget=args.token_budget,
         seed=args.seed,
-        batch_rows=256,
+        batch_rows=1024,
     )
     model = AutoDecoForCausalLM.from_base(base, AutoDecoConfig(policy="heads"))
     model.print_trainable_parameters()
