@@ -17,6 +17,7 @@ test: $(VENV)/.dev
 bench: $(VENV)/.dev
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/training_step.py
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/decoding.py
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/rollout.py
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

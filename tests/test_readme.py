@@ -61,6 +61,10 @@ def test_the_ratios_are_the_ones_in_the_benchmarks_results():
     decoding = json.loads((ROOT / "benchmarks" / "results" / "decoding.json").read_text(encoding="utf-8"))
     ratios = [row["ratio"] for row in training["times"].values()]
     ratios += [value["median"] for row in decoding["results"] for value in row.values() if isinstance(value, dict)]
+    rollouts = json.loads((ROOT / "benchmarks" / "results" / "rollout.json").read_text(encoding="utf-8"))["results"]
+    wanted = ("decode, actions / generate, whole", "update / rollout")
+    shown = [row for row in rollouts if (row["part"], row["rows"]) != ("b", 64)]
+    ratios += [row[name]["median"] for row in shown for name in wanted if name in row]
     assert all(f"{ratio:.2f} (" in README for ratio in ratios)
 
 

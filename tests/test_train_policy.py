@@ -159,7 +159,7 @@ def test_other_arguments_are_refused_unless_told_to_start_over(trained, tmp_path
     shutil.copytree(trained[0], out)
     assert main(words(out, steps=3, entropy_coef=0.5)) == 1
     said = capsys.readouterr().err
-    for part in ("`steps` is 4 there and 3 here", "`entropy_coef` is 0.01 there and 0.5 here", "--no-resume"):
+    for part in ("`steps` is 4 there and 3 here", "`entropy_coef` is 0.03 there and 0.5 here", "--no-resume"):
         assert part in said
     assert equal(weights(out), weights(trained[0]))
     train(out, "--no-resume", steps=3, entropy_coef=0.5)
