@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _train(args: argparse.Namespace) -> tuple[Any, Any]:
     """Samples verified solutions from the base model and trains a fresh adapter on them."""
+    import torch
+
     from ..configuration import AutoDecoConfig
     from ..modeling import AutoDecoForCausalLM
     from ..testbed import build_problems, load_base_model, load_tokenizer, testbed_reward
@@ -85,6 +87,7 @@ def _train(args: argparse.Namespace) -> tuple[Any, Any]:
         seed=args.seed,
         batch_rows=1024,
     )
+    torch.manual_seed(args.seed)  # for the fresh heads; the Trainer seeds what follows
     model = AutoDecoForCausalLM.from_base(base, AutoDecoConfig(policy="heads"))
     model.print_trainable_parameters()
     arguments = AutoDecoTrainingArguments(
