@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from ..engines.transformers import complete
 from .data import DataFormatError
 from .reinforce_arguments import REINFORCEDecodingTrainingArguments
-from .rollouts import RolloutMaker
+from .rollouts import RolloutMaker, score_groups
 
 
 def prefiltered(
@@ -28,6 +28,7 @@ def prefiltered(
         [`DataFormatError`]: If none is left.
     """
     items = [dataset[index] for index in range(len(dataset))]
+    prompts = [item["prompt"] for item in items]
     samples = args.prefilter_samples
     maker.model.eval()
     tokenizer = copy.copy(maker.tokenizer)
@@ -35,7 +36,7 @@ def prefiltered(
     completions = complete(
         maker.model,
         tokenizer,
-        [item["prompt"] for item in items],
+        prompts,
         samples=samples,
         token_budget=maker.drawer.largest_tokens,
         settings={"temperature": 1.0},
@@ -43,17 +44,8 @@ def prefiltered(
         batch_rows=args.rollout_batch_rows or 256,
         description=None if args.disable_tqdm else "filtering prompts",
     )
-    rows = [(item, one) for item, group in zip(items, completions, strict=True) for one in group]
-    rewards = maker.rewards(
-        prompts=[item["prompt"] for item, _ in rows],
-        completions=[
-            one.text if isinstance(item["prompt"], str) else [{"role": "assistant", "content": one.text}]
-            for item, one in rows
-        ],
-        completion_ids=[list(one.token_ids) for _, one in rows],
-        columns={name: [item["columns"][name] for item, _ in rows] for name in items[0]["columns"]},
-        groups=[item["index"] for item, _ in rows],
-    )
+    flat = [one for group in completions for one in group]
+    rewards = score_groups(maker.rewards, prompts, items, flat)
     rates = rewards.total.reshape(len(items), samples).mean(axis=1)  # NaN compares as outside
     low, high = args.prefilter_range
     kept = np.flatnonzero((rates >= low) & (rates <= high)).tolist()

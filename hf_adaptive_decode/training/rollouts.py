@@ -105,12 +105,13 @@ class RolloutMaker:
             policy.train(was_training)
             policy.deterministic = deterministic
         shape = (len(items), self.samples)
-        rewards = self._score(self.rewards, items, draws, completions, trainer_state)
+        asked = [draw.prompt for draw in draws]
+        rewards = score_groups(self.rewards, asked, items, completions, trainer_state)
         table = rewards.total.reshape(shape)
         scores = answers = None
         if self.aggregation == "best_of":
             scorer = cast(RewardFunctions, self.scorer)
-            scores = self._score(scorer, items, draws, completions, trainer_state).total.reshape(shape)
+            scores = score_groups(scorer, asked, items, completions, trainer_state).total.reshape(shape)
         if self.aggregation == "majority":
             answer_of = cast(AnswerOf, self.answer_of)
             found = [answer_of(one.text) for one in completions]
@@ -161,28 +162,30 @@ class RolloutMaker:
             completions += as_completions(decoded, self.tokenizer)
         return completions, Decisions.join(parts) if parts else None
 
-    def _score(
-        self,
-        rewards: RewardFunctions,
-        items: Sequence[Item],
-        draws: Sequence[Draw],
-        completions: Sequence[Completion],
-        trainer_state: Any,
-    ) -> Rewards:
-        owner = [group for group in range(len(items)) for _ in range(self.samples)]
-        plain = [isinstance(draw.prompt, str) for draw in draws]
-        names = items[0]["columns"]
-        return rewards(
-            prompts=[draws[group].prompt for group in owner],
-            completions=[
-                one.text if plain[group] else [{"role": "assistant", "content": one.text}]
-                for group, one in zip(owner, completions, strict=True)
-            ],
-            completion_ids=[list(one.token_ids) for one in completions],
-            columns={name: [items[group]["columns"][name] for group in owner] for name in names},
-            groups=[items[group]["index"] for group in owner],
-            trainer_state=trainer_state,
-        )
+
+def score_groups(
+    rewards: RewardFunctions,
+    prompts: Sequence[Any],
+    items: Sequence[Item],
+    completions: Sequence[Completion],
+    trainer_state: Any = None,
+) -> Rewards:
+    """Rewards of completions that lie prompt by prompt; `prompts` are the items' as they were asked."""
+    samples = len(completions) // len(items)
+    owner = [group for group in range(len(items)) for _ in range(samples)]
+    plain = [isinstance(prompt, str) for prompt in prompts]
+    names = items[0]["columns"]
+    return rewards(
+        prompts=[prompts[group] for group in owner],
+        completions=[
+            one.text if plain[group] else [{"role": "assistant", "content": one.text}]
+            for group, one in zip(owner, completions, strict=True)
+        ],
+        completion_ids=[list(one.token_ids) for one in completions],
+        columns={name: [items[group]["columns"][name] for group in owner] for name in names},
+        groups=[items[group]["index"] for group in owner],
+        trainer_state=trainer_state,
+    )
 
 
 def evaluation_sets(dataset: Any) -> Any:
