@@ -79,12 +79,18 @@ def _tokens(tokens: Any, prompts: int) -> tuple[int, ...] | None:
     return values
 
 
-def _positive_int(value: Any, name: str, wanted: str) -> int:
+def whole_budget(value: Any) -> int | None:
+    """The number that `value` is, if it is a whole number from 1 to `MAX_BUDGET`."""
     # operator.index takes Python and numpy integers and nothing that would have to be rounded.
     try:
         number = operator.index(value)
     except TypeError:
-        number = 0
-    if isinstance(value, bool) or not 1 <= number <= MAX_BUDGET:
+        return None
+    return number if not isinstance(value, bool) and 1 <= number <= MAX_BUDGET else None
+
+
+def _positive_int(value: Any, name: str, wanted: str) -> int:
+    number = whole_budget(value)
+    if number is None:
         raise BudgetError(f"`{name}` is {value!r}; it has to be {wanted}, at most {MAX_BUDGET}.")
     return number

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-from ..budget import MAX_BUDGET
+from ..budget import MAX_BUDGET, whole_budget
 from ..errors import BudgetError
 from .data import DataFormatError
 
@@ -330,11 +330,8 @@ def _choices(value: Any, name: str) -> Sequence[int]:
 
 
 def _positive(value: Any, name: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if isinstance(value, bool) or not 1 <= number <= MAX_BUDGET:
+    number = whole_budget(value)
+    if number is None:
         raise BudgetError(f"`{name}` is {value!r}; it has to be {_CHOICES_WANTED}.")
     return number
 
