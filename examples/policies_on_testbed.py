@@ -12,7 +12,6 @@ A base model of another seed comes from `python -m hf_adaptive_decode.testbed.tr
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -29,8 +28,7 @@ from hf_adaptive_decode import (
     REINFORCEDecodingTrainer,
     REINFORCEDecodingTrainingArguments,
 )
-from hf_adaptive_decode.cli.env import environment
-from hf_adaptive_decode.evaluation.policies import compare_policies
+from hf_adaptive_decode.evaluation import evaluate_decoding, load_task
 from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer, testbed_reward
 
 TEMPERATURES = [{"temperature": t} for t in (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)]
@@ -133,7 +131,7 @@ def main() -> None:
     parser.add_argument("--validation-problems", type=int, default=400)
     parser.add_argument("--test-problems", type=int, default=600)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="where the result goes")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="where the result goes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
@@ -153,36 +151,26 @@ def main() -> None:
         ]
         for name, settings in experiment.variants.items()
     }
-    result = compare_policies(
+    main_policy, *others = policies
+    found = evaluate_decoding(
         base(),
         tokenizer,
-        build_problems("validation", options.validation_problems),
-        build_problems("test", options.test_problems),
-        testbed_reward,
-        policies,
-        token_budgets=experiment.budgets,
-        parallel_budgets=experiment.parallel,
+        load_task("testbed", validation=options.validation_problems, test=options.test_problems),
+        {main_policy: policies[main_policy]},
+        rivals={name: policies[name] for name in others},
         samples=8,
+        ks=experiment.parallel,
+        token_budgets=experiment.budgets,
         grid=GRID,
         batch_rows=2048,
     )
-    arguments = {name: value for name, value in vars(options).items() if name not in ("json", "base")}
-    result |= {"arguments": arguments, "settings": asdict(experiment), "environment": environment()}
-    result |= {"base": "shipped" if options.base is None else Path(options.base).name}
-    result["seconds"] = time.perf_counter() - started
-    for cell in result["cells"]:
-        print(f"\nB = {cell['parallel_budget']}, token budget {cell['token_budget'] or 'any'}")
-        for row in cell["rows"]:
-            gain = row.get("gain")
-            beside = "" if gain is None else f"   gain {_interval(gain, '+')}"
-            print(f"  {row['decoder']:45} {_interval(row['pass'])}{beside}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def _interval(found: dict[str, float], sign: str = "") -> str:
-    mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
-    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+    arguments = {name: value for name, value in vars(options).items() if name not in ("output", "base")}
+    facts = {"arguments": arguments, "settings": asdict(experiment)}
+    facts |= {"base": "shipped" if options.base is None else Path(options.base).name}
+    found.lines[0] |= {**facts, "seconds": time.perf_counter() - started}
+    print(f"{found.table()}\n\n{found.summary()}")
+    if options.output is not None:
+        found.save(options.output)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from hf_adaptive_decode import (
     REINFORCEDecodingTrainingArguments,
 )
 from hf_adaptive_decode.actions import ACTION_PRESETS
-from hf_adaptive_decode.evaluation.policies import compare_policies
-from hf_adaptive_decode.evaluation.policy_table import policy_table
+from hf_adaptive_decode.evaluation import Task, evaluate_decoding
 from hf_adaptive_decode.rewards import SandboxUnavailableError, code_reward
 
 PARALLEL = [1, 4]
@@ -37,7 +36,9 @@ PARALLEL = [1, 4]
 def read_problems(path: Path, tokenizer: Any) -> list[dict[str, Any]]:
     """Rows with a `prompt` and the `tests`, which `code_reward` runs."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    problems: list[dict[str, Any]] = [{"prompt": row["prompt"], "tests": row["tests"]} for row in rows]
+    # A repeated prompt counts once, so that none is met again in another part.
+    unique = {row["prompt"]: {"prompt": row["prompt"], "tests": row["tests"]} for row in rows}
+    problems: list[dict[str, Any]] = list(unique.values())
     for problem in problems if tokenizer.chat_template else ():
         problem["prompt"] = [{"role": "user", "content": problem["prompt"]}]
     return problems
@@ -74,22 +75,22 @@ def train(
 
 
 def report(model: Any, tokenizer: Any, validation: list[Any], test: list[Any], options: argparse.Namespace) -> str:
-    """The policy beside what is cheaper, as a table."""
-    result = compare_policies(
+    """The policy beside what is cheaper, as a table, and whether it helps."""
+    found = evaluate_decoding(
         model.eval(),
         tokenizer,
-        validation,
-        test,
-        code_reward,
-        {"learned prompt policy": [model.decoding_adapter]},
-        token_budgets=[options.budget],
-        parallel_budgets=PARALLEL,
+        Task("code", validation, test, code_reward),
+        {"learned prompt policy": model.decoding_adapter},
         samples=max(PARALLEL),
+        ks=PARALLEL,
+        token_budgets=options.budget,
+        seeds=(options.seed,),
         grid=ACTION_PRESETS["code"],
-        seed=options.seed,
+        folder=options.output / "evaluation",
         batch_rows=128,
     )
-    return f"\n{len(test)} problems, per cent with 95 % intervals:\n\n{policy_table(result)}"
+    title = f"{len(test)} problems, per cent with 95 % intervals"
+    return f"\n{title}:\n\n{found.table()}\n\n{found.summary()}"
 
 
 def main() -> None:

@@ -25,22 +25,23 @@ from hf_adaptive_decode import (
     REINFORCEDecodingTrainingArguments,
 )
 from hf_adaptive_decode.actions import ACTION_PRESETS
-from hf_adaptive_decode.evaluation.policies import compare_policies
-from hf_adaptive_decode.evaluation.policy_table import policy_table
+from hf_adaptive_decode.evaluation import Task, evaluate_decoding
+from hf_adaptive_decode.evaluation.tasks import read_math_answer
 from hf_adaptive_decode.rewards import math_reward
 
 
 def read_problems(path: Path, tokenizer: Any) -> list[dict[str, Any]]:
     """Rows with a `prompt` and the `solution`, which `math_reward` reads."""
-    problems = []
+    problems = {}
     for line in path.read_text(encoding="utf-8").split("\n"):
         if line.strip():
             row = json.loads(line)
             prompt: Any = f"{row['question']}\nPut the final answer within \\boxed{{}}."
             if tokenizer.chat_template:
                 prompt = [{"role": "user", "content": prompt}]
-            problems.append({"prompt": prompt, "solution": row["answer"].rpartition("####")[2].strip()})
-    return problems
+            # A repeated question counts once, so that none is met again in another part.
+            problems[row["question"]] = {"prompt": prompt, "solution": row["answer"].rpartition("####")[2].strip()}
+    return list(problems.values())
 
 
 def train(
@@ -72,22 +73,22 @@ def train(
 
 
 def report(model: Any, tokenizer: Any, validation: list[Any], test: list[Any], options: argparse.Namespace) -> str:
-    """The policy beside what is cheaper, as a table."""
-    result = compare_policies(
+    """The policy beside what is cheaper, as a table, and whether it helps."""
+    found = evaluate_decoding(
         model.eval(),
         tokenizer,
-        validation,
-        test,
-        math_reward,
-        {"learned token policy": [model.decoding_adapter]},
-        token_budgets=[options.budget],
-        parallel_budgets=[1, 4],
+        Task("GSM8K", validation, test, math_reward, read_math_answer),
+        {"learned token policy": model.decoding_adapter},
         samples=4,
+        ks=[1, 4],
+        token_budgets=options.budget,
+        seeds=(options.seed,),
         grid=[{"temperature": t} for t in (0.5, 0.75, 1.0, 1.25)],
-        seed=options.seed,
+        folder=options.output / "evaluation",
         batch_rows=128,
     )
-    return f"\n{len(test)} problems, per cent with 95 % intervals:\n\n{policy_table(result)}"
+    title = f"{len(test)} problems, per cent with 95 % intervals"
+    return f"\n{title}:\n\n{found.table()}\n\n{found.summary()}"
 
 
 def main() -> None:

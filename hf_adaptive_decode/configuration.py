@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
-from typing import Any, cast
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from ._version import __version__
-from .errors import AdapterConfigError, SamplingParameterError
+from .configuration_checks import check_actions, check_entropy_rule, check_prior, fail, is_int, is_number
+from .errors import AdapterConfigError
 from .features import FEATURES
-from .types import SamplingParameters
-from .warping import check_scalars
 
 FORMAT_VERSION = 1
-ACTION_FIELDS = ("temperature", "top_k", "top_p", "min_p")
 HEADS = ("temperature", "top_p")
-POLICY_NAMES = ("heads", "token_actions", "sequence_actions", "static")
+POLICY_NAMES = ("heads", "token_actions", "sequence_actions", "static", "entropy")
 BUDGETS = ("tokens", "samples")
 # What each policy is told of the budget unless the config says otherwise.
 _TOLD = {"token_actions": ["tokens"], "sequence_actions": ["samples"]}
@@ -30,8 +27,6 @@ _INHERITED = {"architectures", "model_type", "transformers_version", "name_or_pa
 # What some releases of transformers 5 write into every config, though it says how to run a model and not what it is.
 _RUNTIME = {"attn_implementation", "experts_implementation"}
 _MAX_WIDTH = 1 << 16
-_MAX_ACTIONS = 4096
-_MAX_PRIORS = 64
 
 
 class AutoDecoConfig(PreTrainedConfig):
@@ -42,7 +37,7 @@ class AutoDecoConfig(PreTrainedConfig):
         policy (`str`, defaults to `"heads"`):
             `"heads"`: temperature and top-p per token (AutoDeco, section 2.2). `"token_actions"`, `"sequence_actions"`:
             one of `actions` per token or per prompt (Adaptive Decoding, section 2). `"static"`: fixed parameters, or a
-            mixture of them, one drawn per token.
+            mixture of them. `"entropy"`: temperature by a rule from the entropy of the distribution to be sampled.
         heads (sequence of `str`, defaults to `("temperature", "top_p")`):
             Which heads a `"heads"` policy has; a parameter without a head is left off.
         head_hidden_size (`int`, defaults to 256):
@@ -60,6 +55,12 @@ class AutoDecoConfig(PreTrainedConfig):
             Sampling configurations with keys among `temperature`, `top_k`, `top_p`, `min_p`; temperature 0 is greedy.
         action_weights (list of `float`, *optional*):
             Probability of each action in a `"static"` mixture; uniform when `None`.
+        mixture_per (`str`, defaults to `"token"`):
+            What a `"static"` mixture draws an action for: each `"token"`, or each `"sequence"`, which then keeps it.
+        entropy_rule (`dict`, *optional*):
+            What an `"entropy"` policy does, see [`EntropyPolicy`]: `{"name": "edt", "temperature": T0, "theta": θ}`
+            (with `"base"`, 0.8 unless given), or `{"name": "dynatemp", "low": .., "high": ..}` (with `"exponent"`, 1
+            unless given); either with an optional `"top_p"`.
         budget_features (sequence of `str`, *optional*):
             What an action policy knows of the budget, among `"tokens"` (b_t) and `"samples"` (B); an empty list makes
             the twin without a budget. By default b_t per token and B per sequence.
@@ -101,6 +102,8 @@ class AutoDecoConfig(PreTrainedConfig):
         top_p_range: tuple[float, float] | list[float] = (0.0, 1.0),
         actions: list[dict[str, float]] | None = None,
         action_weights: list[float] | None = None,
+        mixture_per: str = "token",
+        entropy_rule: dict[str, Any] | None = None,
         budget_features: tuple[str, ...] | list[str] | None = None,
         max_token_budget: int = 1024,
         max_parallel_budget: int = 64,
@@ -129,23 +132,20 @@ class AutoDecoConfig(PreTrainedConfig):
         self.temperature_range = temperature_range
         self.top_p_range = top_p_range
         self.actions = actions
-        self.action_weights = action_weights
+        self.action_weights, self.mixture_per = action_weights, mixture_per
+        self.entropy_rule = entropy_rule
         self.budget_features = _TOLD.get(str(policy), []) if budget_features is None else budget_features
-        self.max_token_budget = max_token_budget
-        self.max_parallel_budget = max_parallel_budget
-        self.policy_hidden_size = policy_hidden_size
-        self.policy_dropout = policy_dropout
+        self.max_token_budget, self.max_parallel_budget = max_token_budget, max_parallel_budget
+        self.policy_hidden_size, self.policy_dropout = policy_hidden_size, policy_dropout
         self.action_temperature = action_temperature
         self.deterministic = deterministic
         self.max_prob_mask = max_prob_mask
-        self.masked_steps = masked_steps
-        self.action_prior = action_prior
+        self.masked_steps, self.action_prior = masked_steps, action_prior
         self.pooling = pooling
         self.base_model_name_or_path, self.base_model_revision = base_model_name_or_path, base_model_revision
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.base_fingerprint = base_fingerprint
-        self.format_version = format_version
-        self.library_version = library_version
+        self.format_version, self.library_version = format_version, library_version
         _check(self)
         self.heads, self.features, self.budget_features = list(heads), list(features), list(self.budget_features)
         self.temperature_range, self.top_p_range = list(temperature_range), list(top_p_range)
@@ -160,42 +160,39 @@ def _inherited(given: dict[str, Any]) -> dict[str, Any]:
         warnings.warn(f"settings that this version does not know are dropped: {', '.join(unknown)}.", stacklevel=3)
     for name in _INHERITED & set(kept) - {"architectures"}:
         if not isinstance(kept[name], str | os.PathLike | None):
-            _fail(name, kept[name], "a string")
+            fail(name, kept[name], "a string")
     return {**kept, "architectures": ["AutoDecoForCausalLM"]}  # whatever a file claims
-
-
-def _fail(name: str, value: object, wanted: str) -> None:
-    raise AdapterConfigError(f"`{name}` is {value!r}; it has to be {wanted}.")
 
 
 def _check(config: AutoDecoConfig) -> None:
     version = config.format_version
-    if not _is_int(version, 1, 1 << 30):
-        _fail("format_version", version, "a positive whole number")
+    if not is_int(version, 1, 1 << 30):
+        fail("format_version", version, "a positive whole number")
     if version > FORMAT_VERSION:
         raise AdapterConfigError(
             f"the adapter has format_version {version} (written by hf_adaptive_decode {config.library_version}); this "
             f"version ({__version__}) reads up to {FORMAT_VERSION}: pip install -U hf_adaptive_decode"
         )
     if config.policy not in POLICY_NAMES:
-        _fail("policy", config.policy, f"one of {', '.join(POLICY_NAMES)}")
+        fail("policy", config.policy, f"one of {', '.join(POLICY_NAMES)}")
     for name in ("head_hidden_size", "policy_hidden_size"):
-        if not _is_int(vars(config)[name], 1, _MAX_WIDTH):
-            _fail(name, vars(config)[name], f"a whole number from 1 to {_MAX_WIDTH}")
+        if not is_int(vars(config)[name], 1, _MAX_WIDTH):
+            fail(name, vars(config)[name], f"a whole number from 1 to {_MAX_WIDTH}")
     for name in ("hidden_size", "vocab_size"):
         value = vars(config)[name]
-        if value is not None and not _is_int(value, 1, 1 << 24):
-            _fail(name, value, "a positive whole number below 2^24")
+        if value is not None and not is_int(value, 1, 1 << 24):
+            fail(name, value, "a positive whole number below 2^24")
     for name in ("detach_temperature", "deterministic"):
         if not isinstance(vars(config)[name], bool):
-            _fail(name, vars(config)[name], "true or false")
+            fail(name, vars(config)[name], "true or false")
     _check_budgets(config)
     for name in ("base_model_name_or_path", "base_model_revision", "base_fingerprint", "library_version"):
         value = vars(config)[name]
         if value is not None and not isinstance(value, str):
-            _fail(name, value, "a string")
+            fail(name, value, "a string")
     _check_heads(config)
     _check_actions(config)
+    _check_baselines(config)
 
 
 def _check_heads(config: AutoDecoConfig) -> None:
@@ -203,28 +200,28 @@ def _check_heads(config: AutoDecoConfig) -> None:
         value = vars(config)[name]
         ok = isinstance(value, list | tuple) and value and all(isinstance(v, str) and v in allowed for v in value)
         if not ok or len(set(value)) != len(value):
-            _fail(name, value, f"a list of one or more of {allowed}, each once")
+            fail(name, value, f"a list of one or more of {allowed}, each once")
     for name, top in (("temperature_range", 100.0), ("top_p_range", 1.0)):
         value = vars(config)[name]
-        ok = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(v) for v in value)
+        ok = isinstance(value, list | tuple) and len(value) == 2 and all(is_number(v) for v in value)
         if not ok or not 0 <= value[0] < value[1] <= top:
-            _fail(name, value, f"two numbers low < high within [0, {top:g}]")
+            fail(name, value, f"two numbers low < high within [0, {top:g}]")
 
 
 def _check_budgets(config: AutoDecoConfig) -> None:
     told = config.budget_features
     if not isinstance(told, list | tuple) or any(name not in BUDGETS for name in told) or len(set(told)) != len(told):
-        _fail("budget_features", told, f"a list of names among {BUDGETS}, each at most once")
+        fail("budget_features", told, f"a list of names among {BUDGETS}, each at most once")
     for name in ("max_token_budget", "max_parallel_budget"):
-        if not _is_int(vars(config)[name], 2, 1 << 24):
-            _fail(name, vars(config)[name], "a whole number from 2 to 2^24")
-    if config.policy == "sequence_actions" and config.max_prob_mask is not None:
-        raise AdapterConfigError(
-            '`max_prob_mask` judges tokens, and policy "sequence_actions" decides once for all of them; leave it out.'
-        )
+        if not is_int(vars(config)[name], 2, 1 << 24):
+            fail(name, vars(config)[name], "a whole number from 2 to 2^24")
+    decides_once = config.policy == "sequence_actions" or config.mixture_per == "sequence"
+    if config.max_prob_mask is not None and (decides_once or config.policy == "entropy"):
+        why = "decides once for all of them" if decides_once else "sees by itself where the model is sure"
+        raise AdapterConfigError(f'`max_prob_mask` judges tokens, and policy "{config.policy}" {why}; leave it out.')
     for name, allowed in (("masked_steps", ("greedy", "prior")), ("pooling", ("last", "mean"))):
         if vars(config)[name] not in allowed:
-            _fail(name, vars(config)[name], f"one of {allowed}")
+            fail(name, vars(config)[name], f"one of {allowed}")
     if config.pooling == "mean" and config.policy != "sequence_actions":
         raise AdapterConfigError(f'`pooling="mean"` is for policy "sequence_actions"; this one is "{config.policy}".')
     if config.masked_steps == "prior" and not config.action_prior:
@@ -234,65 +231,34 @@ def _check_budgets(config: AutoDecoConfig) -> None:
         value = vars(config)[name]
         if value is None and name == "max_prob_mask":
             continue
-        if not _is_number(value) or not low <= value <= high:
-            _fail(name, value, f"a number from {low} to {high}")
+        if not is_number(value) or not low <= value <= high:
+            fail(name, value, f"a number from {low} to {high}")
 
 
 def _check_actions(config: AutoDecoConfig) -> None:
-    actions, weights = config.actions, config.action_weights
-    if config.policy != "heads" and not actions:
+    if config.policy not in ("heads", "entropy") and not config.actions:
         raise AdapterConfigError(
             f'policy "{config.policy}" needs `actions`, a list of at least one sampling configuration such as '
             '[{"temperature": 0.7, "top_p": 0.9}].'
         )
-    if actions is None:
-        return
-    if not isinstance(actions, list | tuple) or not 1 <= len(actions) <= _MAX_ACTIONS:
-        _fail("actions", actions, f"a list of 1 to {_MAX_ACTIONS} sampling configurations")
-    for index, action in enumerate(actions):
-        if not isinstance(action, dict):
-            _fail(f"actions[{index}]", action, "a dict")
-        unknown = sorted(map(str, set(action) - set(ACTION_FIELDS)))
-        if unknown:
-            _fail(f"actions[{index}]", action, f"a dict with keys among {ACTION_FIELDS}, without {unknown}")
-        wrong = [name for name, value in action.items() if not _is_number(value)]
-        if wrong:
-            _fail(f"actions[{index}]", action, f"a dict of numbers; leave {wrong[0]!r} out to switch it off")
-        try:
-            check_scalars(SamplingParameters(**cast(dict[str, Any], action)))
-        except (SamplingParameterError, TypeError) as error:
-            raise AdapterConfigError(f"actions[{index}]: {error}") from error
-    if weights is not None and not _are_weights(weights, len(actions)):
-        _fail("action_weights", weights, f"{len(actions)} numbers of at least 0, one an action, not all 0")
-    _check_prior(config.action_prior, len(actions))
+    if config.actions is not None:
+        check_actions(config.actions, config.action_weights)
+        check_prior(config.action_prior, len(config.actions))
 
 
-def _check_prior(prior: Any, actions: int) -> None:
-    if prior is None:
-        return
-    if not isinstance(prior, list | tuple) or not 1 <= len(prior) <= _MAX_PRIORS:
-        _fail("action_prior", prior, f"a list of 1 to {_MAX_PRIORS} entries")
-    wanted = f'{{"samples": B, "probabilities": [{actions} numbers of at least 0, not all 0]}}, each B once'
-    for index, entry in enumerate(prior):
-        fields = isinstance(entry, dict) and set(entry) == {"samples", "probabilities"}
-        if not fields or not _is_int(entry["samples"], 1, 1 << 24) or not _are_weights(entry["probabilities"], actions):
-            _fail(f"action_prior[{index}]", entry, wanted)
-    if len({entry["samples"] for entry in prior}) < len(prior):
-        _fail("action_prior", prior, wanted)
-
-
-def _are_weights(value: Any, length: int) -> bool:
-    """Whether `value` is a list of `length` numbers that can be made to sum to 1."""
-    ok = isinstance(value, list | tuple) and len(value) == length and all(map(_is_number, value))
-    return ok and min(value) >= 0 and 0 < sum(value) < float("inf")
-
-
-def _is_int(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _check_baselines(config: AutoDecoConfig) -> None:
+    """The settings that only policies without weights have."""
+    if config.mixture_per not in ("token", "sequence"):
+        fail("mixture_per", config.mixture_per, "one of ('token', 'sequence')")
+    if config.mixture_per == "sequence" and config.policy != "static":
+        raise AdapterConfigError(f'`mixture_per="sequence"` is for policy "static"; this one is "{config.policy}".')
+    if (config.entropy_rule is not None) != (config.policy == "entropy"):
+        raise AdapterConfigError(
+            f'`entropy_rule` is {config.entropy_rule!r}; policy "entropy" needs one and the others take none, and this '
+            f'one is "{config.policy}".'
+        )
+    if config.entropy_rule is not None:
+        check_entropy_rule(config.entropy_rule)
 
 
 def read_config(path: str | os.PathLike[str]) -> AutoDecoConfig:

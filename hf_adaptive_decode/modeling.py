@@ -27,7 +27,8 @@ from .generation import (
     wants_adapter,
 )
 from .hub.bases import base_name, fingerprint, load_base
-from .hub.card import CARD_FILE, make_card
+from .hub.card import publish_card, update_card
+from .hub.static_setting import SPECIAL_TOKENS
 from .hub.store import load_adapter, locate, push_folder, save_adapter
 from .policies import DecodingPolicy, build_policy
 from .tap import output_device, output_embedding_shape
@@ -158,15 +159,13 @@ class AutoDecoForCausalLM(Detour, _Base):
         if not is_main_process:
             return
         save_adapter(self.decoding_adapter, self.decoding_config, save_directory)
-        tokens = {
-            name: vars(self.generation_config).get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
+        tokens = {name: vars(self.generation_config).get(name) for name in SPECIAL_TOKENS}
         GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, **tokens).save_pretrained(save_directory)
-        make_card(save_directory, self.decoding_config).save(os.path.join(save_directory, CARD_FILE))
+        update_card(save_directory, self.decoding_config)
         if push_to_hub:
             names = ("token", "private", "revision", "create_pr", "commit_message")
             repo_id = kwargs.get("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(repo_id, **{name: kwargs[name] for name in names if name in kwargs})
+            self.push_to_hub(repo_id, card_folder=save_directory, **{n: kwargs[n] for n in names if n in kwargs})
 
     def push_to_hub(
         self,
@@ -177,15 +176,19 @@ class AutoDecoForCausalLM(Detour, _Base):
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        card_folder: str | os.PathLike[str] | None = None,
     ) -> str:
         """
         Uploads what [`~AutoDecoForCausalLM.save_pretrained`] writes, and makes the repository if there is none.
+
+        The repository's model card is brought up to date, or that of `card_folder` goes along with its results.
 
         Returns:
             `str`: Address of the commit.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            publish_card(folder, self.decoding_config, repo_id, card_folder, token, revision)
             how = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
             return push_folder(folder, repo_id, token, private, **how)
 

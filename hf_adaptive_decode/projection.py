@@ -77,7 +77,7 @@ class FrozenProjection:
         raise AdaptiveDecodeError(
             f"{type(self._model).__bases__[-1].__name__} changes its logits behind the output embedding in a way this "
             "library does not know (known: a softcap, `logit_scale`, `logits_scaling`, `lm_head_multiplier`), so the "
-            "training loss could not be computed from hidden states."
+            "logits could not be computed from hidden states."
         )
 
 

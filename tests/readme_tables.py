@@ -1,50 +1,60 @@
-"""The README's tables of trained policies, made from the result files they came from."""
+"""The README's tables of the demo and of trained policies, made from the result files they came from."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from hf_adaptive_decode.evaluation import Evaluation
 from hf_adaptive_decode.evaluation.table import format_interval, markdown_table
 
 RESULTS = Path(__file__).parents[1] / "examples" / "results"
 BASES = ("", "_base1", "_base2")
+KINDS = {"mean_shift": "MeanShift", "best_static": "best static", "masked_static": "best masked static"}
+# In which order a table shows them.
+ROLES = ("adapter", "rival", "greedy", "default", "mean_shift", "mixture", "best_static", "masked_static")
 
 
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"policies_{name}.json").read_text(encoding="utf-8"))
+def load(name: str) -> Evaluation:
+    return Evaluation.load(RESULTS / f"policies_{name}.jsonl")
 
 
-def find(result: dict, parallel: int, budget: int | None = None) -> dict:
+def find(found: Evaluation, role: str, parallel: int, budget: int | None = None) -> dict:
+    """The measure of a role for a B under one token budget, or under all of them."""
+    budgets = found.lines[0]["token_budgets"] if budget is None else [budget]
     return next(
-        cell for cell in result["cells"] if (cell["parallel_budget"], cell["token_budget"]) == (parallel, budget)
+        line
+        for line in found.measures
+        if (line["role"], line["token_budgets"]) == (role, budgets) and line["for_k"] in (None, parallel)
     )
 
 
-def row_of(cell: dict, start: str) -> dict:
-    return next(row for row in cell["rows"] if row["decoder"].startswith(start))
+def rate(found: Evaluation, role: str, parallel: int, budget: int | None = None) -> str:
+    return format_interval(find(found, role, parallel, budget)[f"pass@{parallel}"])
 
 
-def gain(cell: dict, start: str) -> str:
-    return format_interval(row_of(cell, start)["gain"], sign=True)
+def gain(found: Evaluation, role: str, parallel: int, budget: int | None = None) -> str:
+    return format_interval(find(found, role, parallel, budget)["gain"][f"pass@{parallel}"], sign=True)
 
 
-def against_statics(experiment: str, twin: str) -> str:
+def label(line: dict) -> str:
+    name = line["decoder"].removeprefix("uniform ").removesuffix(" where unsure")
+    return f"{KINDS[line['role']]} ({name})" if line["role"] in KINDS else name
+
+
+def against_statics(experiment: str) -> str:
     """One line a B: the best static, the policy, and its gains on three base models, over MeanShift and its twin."""
     results = [load(f"{experiment}{base}") for base in BASES]
     rows = []
     for parallel in (1, 2, 4, 8):
-        cells = [find(result, parallel) for result in results]
-        static = row_of(cells[0], "best static")
-        named = static["decoder"].removeprefix("best static (").removesuffix(")")
+        static, policy = (find(results[0], role, parallel) for role in ("best_static", "adapter"))
         rows.append(
             [
                 f"pass@{parallel}",
-                f"{100 * static['pass']['mean']:.1f} ({named})",
-                f"{100 * cells[0]['rows'][0]['pass']['mean']:.1f}",
-                *(gain(cell, "best static") for cell in cells),
-                gain(cells[0], "MeanShift"),
-                gain(cells[0], twin),
+                f"{100 * static[f'pass@{parallel}']['mean']:.1f} ({static['decoder']})",
+                f"{100 * policy[f'pass@{parallel}']['mean']:.1f}",
+                *(gain(result, "best_static", parallel) for result in results),
+                *(gain(results[0], role, parallel) for role in ("mean_shift", "rival")),
             ]
         )
     header = ["", "best static", "policy", "gain", "base model 2", "base model 3", "over MeanShift", "over its twin"]
@@ -54,34 +64,41 @@ def against_statics(experiment: str, twin: str) -> str:
 def cells_of(experiment: str) -> str:
     """The gain over the best static of each single cell."""
     result = load(experiment)
-    budgets = result["token_budgets"]
-    rows = [
-        [f"B = {parallel}", *(gain(find(result, parallel, b), "best static of this cell") for b in budgets)]
-        for parallel in (1, 2, 4, 8)
-    ]
+    budgets = result.lines[0]["token_budgets"]
+    rows = [[f"B = {k}", *(gain(result, "best_static", k, b) for b in budgets)] for k in (1, 2, 4, 8)]
     return markdown_table(["gain over the best static of the cell", *(f"{b} tokens" for b in budgets)], rows)
 
 
 def token_policy() -> str:
     """Every decoder beside the token policy at pass@1, on three base models."""
-    cells = [find(load(f"token{base}"), 1) for base in BASES]
+    first, *others = (load(f"token{base}") for base in BASES)
     rows = []
-    for row in cells[0]["rows"]:
-        kind = row["decoder"].split(" (")[0]
-        others = [gain(cell, kind) if "gain" in row and kind != "entropy alone" else "" for cell in cells[1:]]
-        own = format_interval(row["gain"], sign=True) if "gain" in row else ""
-        rows.append([row["decoder"], format_interval(row["pass"]), own, *others])
+    for role in ROLES:
+        # The ablation was trained on one base model.
+        on_others = ["" if role in ("adapter", "rival") else gain(result, role, 1) for result in others]
+        own = "" if role == "adapter" else gain(first, role, 1)
+        rows.append([label(find(first, role, 1)), rate(first, role, 1), own, *on_others])
     return markdown_table(["", "pass@1", "policy's gain", "base model 2", "base model 3"], rows)
 
 
 def small_budgets() -> str:
     """The policy that is told b_t, its twin and greedy, for each small budget."""
     result = load("budget")
-    names = list(result["training_seeds"])
     rows = []
-    for budget in (None, *result["token_budgets"]):
-        cell = find(result, 1, budget)
-        told, twin = (format_interval(row_of(cell, name)["pass"]) for name in names)
-        label = "all three" if budget is None else f"{budget} tokens"
-        rows.append([label, told, twin, gain(cell, names[1]), gain(cell, "greedy"), gain(cell, "best static")])
+    for budget in (None, *result.lines[0]["token_budgets"]):
+        rates = [rate(result, role, 1, budget) for role in ("adapter", "rival")]
+        gains = [gain(result, role, 1, budget) for role in ("rival", "greedy", "best_static")]
+        rows.append(["all three" if budget is None else f"{budget} tokens", *rates, *gains])
     return markdown_table(["", "told b_t", "twin", "over its twin", "over greedy", "over the best static"], rows)
+
+
+def demo() -> str:
+    """Every decoder of the demo, and the heads' gain over it."""
+    rows = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))["rows"]
+    metrics = [name for name in rows[0] if name.startswith("pass@")]
+    shown = []
+    for row in rows:
+        gains = [row.get(f"adapter_gain_{name}") for name in metrics]
+        signed = ["" if one is None else format_interval(one, sign=True) for one in gains]
+        shown.append([row["decoder"], *(format_interval(row[name]) for name in metrics), *signed])
+    return markdown_table(["decoder", *metrics, *(f"heads' gain at {name}" for name in metrics)], shown)

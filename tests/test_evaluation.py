@@ -1,7 +1,11 @@
-"""pass@k, intervals, the engine and the comparison with baselines."""
+"""pass@k, intervals, the engine, likelihood and rejection sampling; and that the package loads what is asked for."""
 
+import ast
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,23 +14,48 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import build_base, make_heads_identity, wrap
 
+import hf_adaptive_decode.evaluation
 from hf_adaptive_decode.engines.transformers import complete
 from hf_adaptive_decode.evaluation import (
     GREEDY,
     Decoder,
-    Outcome,
-    best,
+    Task,
     bootstrap_interval,
-    compare_with_baselines,
-    comparison_table,
-    mean_shift,
+    evaluate_decoding,
     pass_at_k,
     run_decoder,
-    static_decoders,
 )
+from hf_adaptive_decode.evaluation.baselines import describe
 from hf_adaptive_decode.evaluation.likelihood import text_likelihood
 from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer, testbed_reward
 from hf_adaptive_decode.training.rejection import verified_completions
+
+ROOT = Path(__file__).parents[1]
+
+
+# --- the package ------------------------------------------------------------------------------------------------------
+
+
+def test_looking_at_the_package_and_asking_for_versions_load_nothing_heavy():
+    look = "import sys, hf_adaptive_decode.evaluation as e; dir(e); hasattr(e, 'nonsense')"
+    code = f"{look}; from hf_adaptive_decode.evaluation.provenance import environment as f; f(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "transformers", "numpy", "datasets"} & set(done.stdout.split())
+
+
+def test_every_name_can_be_had_and_type_checkers_see_the_same_ones():
+    package = hf_adaptive_decode.evaluation
+    assert dir(package) == sorted(package.__all__)
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    tree = ast.parse(Path(package.__file__).read_text())
+    (guarded,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {(alias.name, line.module) for line in guarded.body for alias in line.names}
+    assert seen == set(package._WHERE.items())
+    assert {name for name, _ in seen} == set(package.__all__)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = package.nonsense
+
 
 # --- pass@k -----------------------------------------------------------------------------------------------------------
 
@@ -115,68 +144,7 @@ def test_an_adapters_completions_carry_what_they_were_sampled_with(testbed):
         assert one.top_p.tolist() == [1.0] * len(one.token_ids)
 
 
-# --- outcomes and baselines -------------------------------------------------------------------------------------------
-
-
-def outcome(correct, name="x", **means):
-    correct = np.array(correct, dtype=bool)
-    return Outcome(Decoder(name), correct, np.ones(correct.shape, int), np.ones(correct.shape, bool), **means)
-
-
-def test_differences_are_paired_by_problem():
-    # Problems differ wildly, the decoders by exactly one problem's sample: paired, the noise of the problems is gone.
-    rows = [[1, 1], [0, 0]] * 50
-    better = [[1, 1], [0, 1]] * 50
-    gain = outcome(better).difference(outcome(rows), 1)
-    assert gain.mean == pytest.approx(0.25)
-    assert gain.high - gain.low < 0.11
-    assert gain.excludes_zero
-    assert not outcome(rows).difference(outcome(rows), 1).excludes_zero
-
-
-def test_the_best_static_is_chosen_by_its_own_k():
-    sure, varied = outcome([[1, 1], [0, 0], [1, 1]], "sure"), outcome([[1, 0], [1, 0], [1, 0]], "varied")
-    assert best([sure, varied], 1) is sure
-    assert best([sure, varied], 2) is varied
-
-
-def test_mean_shift_is_the_adapters_own_mean():
-    shifted = mean_shift(outcome([[1]], mean_temperature=0.61234, mean_top_p=0.9))
-    assert shifted.settings == {"temperature": 0.61234, "top_p": 0.9}
-    with pytest.raises(ValueError, match="adapter"):
-        mean_shift(outcome([[1]]))
-
-
-def test_a_comparison_holds_the_adapter_against_every_baseline(testbed):
-    _, tokenizer, problems = testbed
-    model = make_heads_identity(wrap(load_base_model()))
-    grid = [{"temperature": 0.5, "top_p": 1.0}, {"temperature": 1.0, "top_p": 0.9}]
-    comparison = compare_with_baselines(
-        model,
-        tokenizer,
-        problems[:6],
-        problems[6:],
-        testbed_reward,
-        ks=(1, 4),
-        grid=grid,
-        samples=4,
-        token_budget=40,
-        show_progress=False,
-    )
-    names = [one.decoder.name for one in comparison.baselines]
-    assert names[:2] == ["greedy", "default sampling (T=1)"]
-    assert names[2].startswith("MeanShift (T=1")
-    assert sum("chosen on validation" in name for name in names) == 2
-    assert sum("oracle" in name for name in names) == 2
-    # Identity heads and MeanShift of identity heads are one and the same sampler with one seed.
-    assert (comparison.adapter.correct == comparison.baselines[2].correct).all()
-    table = comparison_table(comparison.as_dict())
-    assert all(name in table for name in names)
-    rows = comparison.as_dict()["rows"]
-    assert rows[0]["decoder"] == "learned heads"
-    assert rows[1]["adapter_gain_pass@1"]["mean"] == pytest.approx(
-        rows[0]["pass@1"]["mean"] - rows[1]["pass@1"]["mean"]
-    )
+# --- outcomes ---------------------------------------------------------------------------------------------------------
 
 
 def test_greedy_scores_the_same_in_every_sample(testbed):
@@ -194,9 +162,35 @@ def test_a_reward_that_scores_too_few_is_refused(testbed):
         run_decoder(model, tokenizer, problems[:2], lambda **_: [1.0], GREEDY, samples=2, token_budget=4)
 
 
-def test_static_decoders_are_named_by_their_settings():
-    names = [decoder.name for decoder in static_decoders([{"temperature": 0.0}, {"temperature": 0.5, "top_p": 0.9}])]
-    assert names == ["greedy", "T=0.5, top-p 0.9"]
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"temperature": 0.0, "top_p": 0.9}, "greedy"),
+        ({"temperature": 0.5, "top_p": 0.9}, "T=0.5, top-p 0.9"),
+        ({"top_p": 1.0, "top_k": 0, "min_p": 0.0}, "T=1"),
+        ({"temperature": 2, "top_k": 10, "min_p": 0.1}, "T=2, top-k 10, min-p 0.1"),
+    ],
+)
+def test_settings_are_named_by_what_they_change(settings, name):
+    assert describe(settings) == name
+
+
+def test_the_best_static_for_each_k_is_the_best_on_validation_problems(testbed):
+    model, tokenizer, problems = testbed
+    settings = [{"temperature": 0.0}, {"temperature": 2.0}, {"temperature": 1.25, "top_p": 0.9}]
+    task = Task("testbed", problems, build_problems("test", 4), testbed_reward)
+    how = {"samples": 4, "show_progress": False}
+    found = evaluate_decoding(
+        model, tokenizer, task, baselines=["best_static"], ks=(1, 4), token_budgets=30, grid=settings[1:], **how
+    )
+    chosen = {line["for_k"]: line["settings"] for line in found.measures}
+    # Validation problems are drawn with the seed one above the one given.
+    how |= {"token_budget": 30, "seed": 1}
+    measured = [run_decoder(model, tokenizer, problems, testbed_reward, Decoder("", one), **how) for one in settings]
+    for k in (1, 4):
+        rates = [one.pass_at(k).mean() for one in measured]
+        assert chosen[k] == settings[int(np.argmax(rates))]
+    assert chosen[1] != chosen[4]
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -19,12 +19,13 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 # Each layer may import itself and the layers before it.
 LAYERS = (
     ("_version", "types", "errors"),
-    ("configuration", "warping", "features", "budget", "actions", "randomness"),
+    ("configuration", "configuration_checks", "warping", "features", "budget", "actions", "randomness"),
     ("policies",),
     ("tap", "sampler", "projection", "losses", "hub"),
     ("generation", "detour", "modeling"),
     ("engines", "rewards"),
     ("training", "evaluation"),
+    ("reports", "evaluate_modules"),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -12,7 +12,7 @@ from hf_adaptive_decode import (
     REINFORCEDecodingTrainer,
     REINFORCEDecodingTrainingArguments,
 )
-from hf_adaptive_decode.evaluation.policies import compare_policies
+from hf_adaptive_decode.evaluation import evaluate_decoding, load_task
 from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer, testbed_reward
 
 
@@ -36,25 +36,26 @@ def train(tmp_path, config, **settings):
     return model, tokenizer
 
 
-def gains(model, tokenizer, over, problems=200, **cells):
-    """Gains in points over the decoders whose names begin with `over`, one list for each, one number for each B."""
-    grid = [{"temperature": t, "top_p": p} for t in (0.5, 1.0, 1.25) for p in (0.8, 1.0)]
-    found = compare_policies(
+def gains(model, tokenizer, over, ks=(1,), problems=200, **how):
+    """Gains in points over the baselines of the roles `over`, one list for each, one number for each k."""
+    found = evaluate_decoding(
         model,
         tokenizer,
-        build_problems("validation", problems // 2),
-        build_problems("test", problems),
-        testbed_reward,
-        {"policy": [model.decoding_adapter]},
+        load_task("testbed", validation=problems // 2, test=problems),
+        baselines=over,
         samples=8,
-        grid=grid,
+        ks=ks,
+        grid=[{"temperature": t, "top_p": p} for t in (0.5, 1.0, 1.25) for p in (0.8, 1.0)],
         batch_rows=2048,
         show_progress=False,
-        **cells,
+        **how,
     )
-    pooled = [cell for cell in found["cells"] if cell["token_budget"] is None]
-    rows = [[next(row for row in cell["rows"] if row["decoder"].startswith(name)) for cell in pooled] for name in over]
-    return [[100 * row["gain"]["mean"] for row in found] for found in rows]
+
+    def gain(role, k):
+        (line,) = [line for line in found.measures if line["role"] == role and line["for_k"] in (None, k)]
+        return 100 * line["gain"][f"pass@{k}"]["mean"]
+
+    return [[gain(role, k) for k in ks] for role in over], found
 
 
 def test_a_token_policy_beats_greedy_and_its_own_mean(tmp_path):
@@ -67,9 +68,9 @@ def test_a_token_policy_beats_greedy_and_its_own_mean(tmp_path):
         num_generations=8,
         budget=48,
     )
-    over = ["greedy", "MeanShift", "best static"]
-    for found in gains(model, tokenizer, over, token_budgets=[48], parallel_budgets=[1]):
-        assert found[0] > 8
+    each, found = gains(model, tokenizer, ["greedy", "mean_shift", "best_static"], token_budgets=48)
+    assert all(of_role[0] > 8 for of_role in each)
+    assert [line["verdict"] for line in found.verdicts] == ["helps_beyond_mean"]
 
 
 def test_a_prompt_policy_that_is_told_b_beats_the_best_static_at_each(tmp_path):
@@ -84,10 +85,10 @@ def test_a_prompt_policy_that_is_told_b_beats_the_best_static_at_each(tmp_path):
         parallel_budget=[1, 4, 8],
         reward_aggregation="pass@B",
     )
-    (found,) = gains(model, tokenizer, ["best static"], token_budgets=[28], parallel_budgets=[1, 4, 8])
-    assert found[0] > 6
-    assert found[1] > 1
-    assert found[2] > -1
+    ((one, four, eight),), _ = gains(model, tokenizer, ["best_static"], ks=(1, 4, 8), token_budgets=28)
+    assert one > 6
+    assert four > 1
+    assert eight > -1
 
 
 @pytest.mark.parametrize("told", [["tokens"], []], ids=["told", "twin"])

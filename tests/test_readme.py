@@ -8,7 +8,6 @@ import pytest
 import readme_tables
 
 from hf_adaptive_decode.cli.main import COMMANDS
-from hf_adaptive_decode.evaluation import comparison_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,17 +36,16 @@ def test_the_files_that_the_readme_links_to_exist(link):
 
 
 def test_the_demos_table_is_the_one_in_its_results():
-    result = json.loads((ROOT / "examples" / "results" / "demo.json").read_text(encoding="utf-8"))
-    assert comparison_table(result) in README
+    assert readme_tables.demo() in README
 
 
 @pytest.mark.parametrize(
     "table",
     [
         readme_tables.token_policy,
-        lambda: readme_tables.against_statics("one_policy", "twin"),
+        lambda: readme_tables.against_statics("one_policy"),
         lambda: readme_tables.cells_of("one_policy"),
-        lambda: readme_tables.against_statics("sequence", "twin"),
+        lambda: readme_tables.against_statics("sequence"),
         readme_tables.small_budgets,
     ],
     ids=["token", "one policy", "its cells", "sequence", "small budgets"],

@@ -10,10 +10,10 @@ import pytest
 from hf_adaptive_decode import AutoDecoConfig
 from hf_adaptive_decode.actions import coverage, coverage_curve, select_actions, top_by_mean
 from hf_adaptive_decode.cli.main import main
-from hf_adaptive_decode.cli.tasks import add_task_arguments, load_model, load_problems, load_rows, reward_function
+from hf_adaptive_decode.cli.tasks import add_task_arguments, load_model, load_problems, reward_function
 from hf_adaptive_decode.errors import AdapterConfigError, BudgetError, MissingExtraError
-from hf_adaptive_decode.evaluation.plots import plot_coverage
 from hf_adaptive_decode.evaluation.pool import evaluate_pool
+from hf_adaptive_decode.reports.plots import plot_coverage
 from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer, testbed_reward
 
 POOL = [{"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.5, "top_p": 0.9}]
@@ -133,10 +133,19 @@ def test_other_weights_of_the_same_architecture_are_another_model(loaded, whole,
         evaluate((tuned, loaded[1]), folder=tmp_path, reward=partial_reward)
 
 
-@pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b"[1]\n{}\n", b"\xff\xfe\n"])
-def test_a_file_that_is_something_else_is_refused_and_kept(loaded, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"my notes", "no JSON Lines file"),
+        (b"my notes\n", "line 1 of .* damaged"),
+        (b"[1]\n{}\n", "line 1 of .* damaged"),
+        (b"\xff\xfe\n", "line 1 of .* damaged"),
+        (b'{"run": "of something else"}\n', "no record of a pool"),
+    ],
+)
+def test_a_file_that_is_something_else_is_refused_and_kept(loaded, tmp_path, content, said):
     (tmp_path / "pool.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match="no record of a pool"):
+    with pytest.raises(ValueError, match=said):
         evaluate(loaded, folder=tmp_path)
     assert (tmp_path / "pool.jsonl").read_bytes() == content
 
@@ -338,6 +347,11 @@ def task(*words):
     parser = argparse.ArgumentParser()
     add_task_arguments(parser)
     return parser.parse_args(list(words))
+
+
+def load_rows(dataset, args, split, n, seed):
+    """Of one data set alone."""
+    return load_problems(argparse.Namespace(**{**vars(args), "dataset": [dataset]}), split, n, seed)
 
 
 GSM8K = ["--reward", "exact_match", "--prompt-column", "question", "--solution-column", "answer"]

@@ -1,4 +1,4 @@
-"""The command that trains action policies, its table and config files, and the examples that do the same by hand."""
+"""The command that trains action policies, its config files, and the examples that do the same by hand."""
 
 import json
 import runpy
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import readme_tables
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,7 +18,7 @@ from hf_adaptive_decode.actions import ACTION_PRESETS
 from hf_adaptive_decode.cli import policy_run
 from hf_adaptive_decode.cli.main import _config_flags, build_parser, main
 from hf_adaptive_decode.cli.train_policy import _actions
-from hf_adaptive_decode.evaluation.policy_table import policy_table
+from hf_adaptive_decode.evaluation import Evaluation
 from hf_adaptive_decode.testbed import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -83,15 +84,22 @@ def test_a_token_policy_from_end_to_end(tmp_path, capsys):
         tmp_path / "out", "--told", "tokens", "samples", test_problems=4, budget=(8, 16), actions=(0, 1, 2.5)
     )
     printed = capsys.readouterr().out
-    assert {(cell["parallel_budget"], cell["token_budget"]) for cell in result["cells"]} == {(1, None), (1, 8), (1, 16)}
-    named = [row["decoder"] for row in result["cells"][0]["rows"]]
-    assert named[0] == "learned token policy"
-    assert any(name.startswith("best masked static") for name in named)
+    found = Evaluation(result["lines"])
+    assert {line["token_budget"] for line in found.measures} == {8, 16, None}
+    assert found.measures[0]["decoder"] == "learned token policy"
+    assert {"greedy", "default", "mean_shift", "best_static", "mixture", "masked_static"} < {
+        line["role"] for line in found.measures
+    }
+    # The answers of the testbed can be read, and one of one is no vote.
+    assert found.find("adapter")["task"] == "testbed"
+    assert not any(name.startswith("maj@") for name in found.find("adapter"))
     assert result["actions"] == [{"temperature": t} for t in (0.0, 1.0, 2.5)]
     assert result["arguments"]["steps"] == 4
     assert "torch" in result["environment"]
     assert any("reward" in entry for entry in result["training"]["learned token policy"])
-    assert policy_table(result) in printed
+    assert found.table() in printed
+    assert found.summary() in printed
+    assert Evaluation.load(tmp_path / "out" / "evaluation" / "results.jsonl").lines == found.lines
     assert f"AutoDecoForCausalLM.from_pretrained('{tmp_path / 'out' / 'adapter'}')" in printed
     config = AutoDecoForCausalLM.from_pretrained(tmp_path / "out" / "adapter").decoding_config
     assert (config.budget_features, config.max_token_budget, config.max_prob_mask) == (["tokens", "samples"], 16, 0.95)
@@ -106,8 +114,11 @@ def test_a_prompt_policy_with_its_twin_and_nothing_but_json_on_standard_output(t
     assert main(words(tmp_path / "out", *extra, **changes)) == 0
     said = capsys.readouterr()
     result = json.loads(said.out)
-    assert result["training_seeds"] == {"learned prompt policy": 1, "its twin, not told the budget": 1}
-    assert [cell["parallel_budget"] for cell in result["cells"]] == [1, 2]
+    found = Evaluation(result["lines"])
+    assert found.find("adapter")["decoder"] == "learned prompt policy"
+    assert found.find("rival")["decoder"] == "its twin, not told the budget"
+    assert {"pass@1", "pass@2", "maj@2"} < set(found.find("adapter"))
+    assert [line["k"] for line in found.verdicts] == [1, 2]
     assert "its twin, not told the budget" in said.err
     configs = [
         AutoDecoForCausalLM.from_pretrained(tmp_path / "out" / part / "adapter").decoding_config
@@ -129,7 +140,19 @@ def test_a_finished_run_is_not_trained_again(trained, monkeypatch):
     again = train(folder, save_steps=0, test_problems=2)
     assert equal(weights(folder), before)
     assert again["training"] == result["training"]
-    assert len(again["cells"]) == 1
+    assert result["lines"] == []
+    assert Evaluation(again["lines"]).find("adapter")["problems"] == 2
+
+
+def test_what_has_been_measured_is_not_sampled_again(tmp_path):
+    out = tmp_path / "out"
+    first = train(out, steps=1, test_problems=2)
+    completions = out / "evaluation" / "completions.jsonl"
+    size = completions.stat().st_size
+    # The policy comes from its folder now, and is the same.
+    second = train(out, steps=1, test_problems=2)
+    assert second["lines"][1:] == first["lines"][1:]
+    assert completions.stat().st_size == size
 
 
 @pytest.mark.parametrize("left", [[], [2], [2, 4]])
@@ -283,10 +306,10 @@ def test_every_config_file_is_one_that_the_command_takes(path, monkeypatch):
 def test_the_config_files_are_those_that_are_documented():
     names = {"testbed_token", "testbed_sequence", "testbed_one_policy", "gsm8k", "code"}
     assert {path.stem for path in CONFIGS} == names
-    from hf_adaptive_decode.cli.tasks import _entry_parts
+    from hf_adaptive_decode.evaluation.rows import entry_parts
 
     args = parsed("--config", str(ROOT / "examples/configs/gsm8k.yaml"))
-    assert _entry_parts(args.dataset[0]) == ("openai/gsm8k", "main", None)
+    assert entry_parts(args.dataset[0]) == ("openai/gsm8k", "main", None)
     assert parsed("--config", str(ROOT / "examples/configs/testbed_token.yaml"), "--steps", "5").steps == 5
 
 
@@ -295,46 +318,6 @@ def test_actions_are_a_preset_a_file_or_temperatures():
     assert _actions(parsed("--policy", "sequence_actions")) == ACTION_PRESETS["math"]
     assert _actions(parsed("--actions", "code")) == ACTION_PRESETS["code"]
     assert _actions(parsed("--actions", "0", ".5")) == [{"temperature": 0.0}, {"temperature": 0.5}]
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
-
-
-def interval(mean):
-    return {"mean": mean, "low": mean - 0.01, "high": mean + 0.02}
-
-
-def cell(parallel, tokens):
-    rows = [
-        {"decoder": "main", "pass": interval(0.5)},
-        {"decoder": "twin", "pass": interval(0.4), "gain": interval(0.1)},
-        {"decoder": "greedy", "settings": {"temperature": 0.0}, "pass": interval(0.625), "gain": interval(-0.125)},
-    ]
-    gain = interval(parallel / 100 + (tokens or 0) / 1000)
-    of_cell = {"decoder": "best static of this cell (T=1)", "settings": {}, "pass": interval(0.3), "gain": gain}
-    return {"parallel_budget": parallel, "token_budget": tokens, "rows": rows if tokens is None else [*rows, of_cell]}
-
-
-def test_the_table_has_a_block_for_each_b_and_the_gains_in_each_cell():
-    cells = [cell(parallel, tokens) for parallel in (1, 4) for tokens in (None, 12, 48)]
-    table = policy_table({"cells": cells, "training_seeds": {"main": 3, "twin": 1}})
-    first, second, gains = table.split("\n\n")
-    lines = [[part.strip() for part in line.strip("|").split("|")] for line in first.splitlines()]
-    assert lines[0] == ["B = 1, all token budgets together", "pass@1", "gain of main"]
-    assert lines[2] == ["main (mean of 3 seeds)", "50.0 [49.0, 52.0]", ""]
-    assert lines[3] == ["twin", "40.0 [39.0, 42.0]", "+10.0 [+9.0, +12.0]"]
-    assert lines[4] == ["greedy", "62.5 [61.5, 64.5]", "-12.5 [-13.5, -10.5]"]
-    assert "pass@4" in second
-    rows = [[part.strip() for part in line.strip("|").split("|")] for line in gains.splitlines()]
-    assert rows[0] == ["gain of main over the best static of this cell", "12 tokens", "48 tokens"]
-    assert rows[2] == ["B = 1", "+2.2 [+1.2, +4.2]", "+5.8 [+4.8, +7.8]"]
-    assert rows[3] == ["B = 4", "+5.2 [+4.2, +7.2]", "+8.8 [+7.8, +10.8]"]
-
-
-def test_one_policy_and_one_token_budget_make_one_block():
-    table = policy_table({"cells": [cell(2, None)], "training_seeds": {"main": 1}})
-    assert table.startswith("| B = 2 ")
-    assert "\n\n" not in table
 
 
 # --- the examples -----------------------------------------------------------------------------------------------------
@@ -413,6 +396,22 @@ def test_an_examples_wrong_usage_is_a_message(tmp_path, monkeypatch, capsys, row
     assert said in capsys.readouterr().err
 
 
+def test_the_testbeds_example_writes_what_the_readmes_table_is_made_of(tmp_path, monkeypatch, capsys):
+    path = ROOT / "examples" / "policies_on_testbed.py"
+    sizes = ["--steps", "1", "--seeds", "3", "--validation-problems", "4", "--test-problems", "4"]
+    output = tmp_path / "policies_budget.jsonl"
+    monkeypatch.setattr(sys, "argv", [str(path), "budget", *sizes, "--output", str(output)])
+    runpy.run_path(str(path), run_name="__main__")
+    found = Evaluation.load(output)
+    assert found.table() in capsys.readouterr().out
+    first = found.lines[0]
+    assert first["arguments"]["seeds"] == [3]
+    assert (first["settings"]["entropy"], first["base"], first["token_budgets"]) == (0.03, "shipped", [6, 12, 24])
+    assert first["seconds"] > 0
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    assert readme_tables.small_budgets().count("\n") == 5
+
+
 def test_the_command_trains_on_a_gsm8k_file_in_a_models_own_chat(tmp_path):
     pytest.importorskip("math_verify")
     rows = [{**row, "question": row["question"] + " " * n} for n in range(4) for row in GSM8K]
@@ -426,7 +425,8 @@ def test_the_command_trains_on_a_gsm8k_file_in_a_models_own_chat(tmp_path):
     result = train(
         tmp_path / "out", *extra, "--log-completions", budget=4, steps=2, test_problems=2, validation_problems=1
     )
-    assert result["problems"] == 2
+    (adapter, *_) = Evaluation(result["lines"]).measures
+    assert (adapter["task"], adapter["problems"]) == ("rows", 2)
     logged = (tmp_path / "out" / "training" / "completions" / "step_1.jsonl").read_text().splitlines()
     texts = {json.loads(line)["prompt"][0]["content"] for line in logged}
     assert all("Provide the final answer" in text for text in texts)

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .env import environment
+from ..evaluation.provenance import environment
+from .pictures import write_gains, write_trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,47 +29,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains, compares, saves, reloads and shows; returns what it printed as numbers."""
+    """Trains, saves, evaluates, reloads and shows; returns what it printed as numbers."""
     import torch
     from transformers import logging
 
-    from ..evaluation import compare_with_baselines, comparison_table
-    from ..testbed import build_problems, testbed_reward
+    from ..evaluation import STANDARD, evaluate_decoding, load_task
+    from ..hub.card import add_results
 
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
-    model, tokenizer = _train(args)
-    comparison = compare_with_baselines(
+    model, tokenizer, log = _train(args)
+    output = Path(args.output)
+    model.save_pretrained(output / "adapter")
+    tokenizer.save_pretrained(output / "adapter")
+    found = evaluate_decoding(
         model,
         tokenizer,
-        build_problems("validation", args.validation_problems, seed=args.seed),
-        build_problems("test", args.test_problems, seed=args.seed),
-        testbed_reward,
-        ks=tuple(sorted({1, args.samples})),
+        load_task("testbed", validation=args.validation_problems, test=args.test_problems, seed=args.seed),
+        {"learned heads": model.decoding_adapter},
+        baselines=(*STANDARD, "shuffle", "shuffle_in_bins", "oracle_static"),
         samples=args.samples,
-        token_budget=args.token_budget,
-        seed=args.seed,
+        token_budgets=args.token_budget,
+        seeds=(args.seed,),
+        folder=output / "evaluation",
         batch_rows=1024,
     )
-    result = comparison.as_dict()
-    adapter = Path(args.output, "adapter")
-    model.save_pretrained(adapter)
-    tokenizer.save_pretrained(adapter)
-    shown = _show_reloaded(model, adapter, args)
+    add_results(output / "adapter", found.lines)
+    shown, files = _show_reloaded(model, args)
+    files += _pictures(found, log, output)
     say = sys.stderr if args.json == "-" else sys.stdout
     size = f"{args.test_problems} test problems, {args.samples} samples each, token budget {args.token_budget}"
     print(f"\n{size};\nin per cent with 95 % intervals over problems; gains are paired by problem:\n", file=say)
-    print(comparison_table(result), file=say)
-    print(f"\nOne problem, decoded by the adapter loaded again from {adapter}:\n\n{shown}", file=say)
+    print(found.table(), file=say)
+    print(f"\nOne problem, decoded by the adapter loaded again from {output / 'adapter'}:\n\n{shown}", file=say)
+    print(f"\nVerdict:\n{found.summary()}", file=say)
+    print(f"\nSee {', '.join(files)}", file=say)
     seconds = time.perf_counter() - started
-    print(f"\nLoad it in one line: AutoDecoForCausalLM.from_pretrained({str(adapter)!r})   [{seconds:.0f} s]", file=say)
+    line = f"AutoDecoForCausalLM.from_pretrained({str(output / 'adapter')!r})"
+    print(f"\nLoad it in one line: {line}   [{seconds:.0f} s]", file=say)
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "json", "config")}
-    return {**result, "arguments": settings, "seconds": seconds, "environment": environment()}
+    return {"lines": found.lines, "arguments": settings, "seconds": seconds, "environment": environment()}
 
 
-def _train(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Samples verified solutions from the base model and trains a fresh adapter on them."""
+def _pictures(found: Any, log: list[dict[str, Any]], output: Path) -> list[str]:
+    """The gains and the training as pictures."""
+    from ..reports.plots import plot_training_curves
+
+    plot_training_curves({"heads": log}, output / "training.png")
+    return [*write_gains(found.measures, output), str(output / "training.png")]
+
+
+def _train(args: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Samples verified solutions from the base model and trains a fresh adapter on them; also returns the log."""
     import torch
 
     from ..configuration import AutoDecoConfig
@@ -97,7 +110,7 @@ def _train(args: argparse.Namespace) -> tuple[Any, Any]:
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=10,
-        logging_steps=max(1, args.steps // 5),
+        logging_steps=max(1, args.steps // 10),
         save_strategy="no",
         report_to="none",
         dft_weight=args.dft_weight,
@@ -105,33 +118,38 @@ def _train(args: argparse.Namespace) -> tuple[Any, Any]:
         use_cpu=True,
         seed=args.seed,
     )
-    AutoDecoTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train()
+    trainer = AutoDecoTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
     model.eval()
-    return model, tokenizer
+    return model, tokenizer, trainer.state.log_history
 
 
-def _show_reloaded(model: Any, adapter: Path, args: argparse.Namespace) -> str:
-    """Reloads the adapter, checks that it decodes as before, and lists one completion's tokens with their T and P."""
-    import torch
-
+def _show_reloaded(model: Any, args: argparse.Namespace) -> tuple[str, list[str]]:
+    """
+    Reloads the adapter, checks that it decodes as before, and shows one completion: as lines, and beside plain sampling
+    on a page.
+    """
+    from ..evaluation.runner import DEFAULT, Decoder
+    from ..evaluation.traces import trace_problem
     from ..modeling import AutoDecoForCausalLM
-    from ..testbed import build_problems, load_tokenizer
+    from ..testbed import build_problems, load_tokenizer, testbed_reward
 
     tokenizer = load_tokenizer()
-    prompt = build_problems("test", 4, types=["coin"], seed=args.seed)[-1]["prompt"]
-    inputs = tokenizer(prompt, return_tensors="pt")
-    reloaded = AutoDecoForCausalLM.from_pretrained(adapter)
-    outputs = []
-    for one in (model, reloaded):
-        torch.manual_seed(args.seed)
-        how: dict[str, Any] = {"return_dict_in_generate": True, "output_decoding_trace": True}
-        outputs.append(one.generate(**inputs, budget=args.token_budget, **how))
-    if not torch.equal(outputs[0].sequences, outputs[1].sequences):
-        raise RuntimeError(f"the adapter in {adapter} decodes otherwise than the one that was saved.")
-    trace = outputs[1].decoding_trace
-    tokens = outputs[1].sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    lines = [f"  {prompt}", f"  {'token':>8}  {'T':>5}  {'P':>5}"]
-    for token, temperature, top_p in zip(tokens, trace.temperature[0], trace.top_p[0], strict=True):
-        bar = "#" * round(20 * float(temperature))
-        lines.append(f"  {tokenizer.decode([token]):>8}  {float(temperature):5.2f}  {float(top_p):5.2f}  {bar}")
-    return "\n".join(lines)
+    (row,) = build_problems("test", 4, types=["coin"], seed=args.seed)[-1:]
+    reloaded = AutoDecoForCausalLM.from_pretrained(Path(args.output, "adapter"))
+    how: dict[str, Any] = {"token_budget": args.token_budget, "seed": args.seed}
+    name = "learned heads"
+    before, after = (
+        trace_problem(one, tokenizer, row, testbed_reward, Decoder(name, policy=one.decoding_adapter), **how)[0]
+        for one in (model, reloaded)
+    )
+    if before != after:
+        raise RuntimeError(f"the adapter in {args.output} decodes otherwise than the one that was saved.")
+    plain = trace_problem(reloaded, tokenizer, row, testbed_reward, DEFAULT, **how)[0]
+    note = f"Seed {args.seed}, token budget {args.token_budget}"
+    files = write_trace([after, plain], Path(args.output), note)
+    lines = [f"  {row['prompt']}", f"  {'token':>8}  {'T':>5}  {'P':>5}"]
+    for token in after.tokens:
+        temperature, top_p = token.temperature or 0.0, token.top_p or 0.0
+        lines.append(f"  {token.text.strip():>8}  {temperature:5.2f}  {top_p:5.2f}  {'#' * round(20 * temperature)}")
+    return "\n".join(lines), files

@@ -1,15 +1,10 @@
-"""`hf-adaptive-decode env`: versions and hardware for a bug report; knows package names, imports none of them."""
+"""`hf-adaptive-decode env`: versions and hardware for a bug report; knows nothing of where they come from."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-from importlib import metadata
 
-from .. import __version__
-
-_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "datasets", "trl", "peft", "vllm")
+from ..evaluation.provenance import environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,16 +17,4 @@ def run(args: argparse.Namespace) -> dict[str, str]:
     if args.json != "-":
         for name, value in facts.items():
             print(f"{name}: {value}")
-    return facts
-
-
-def environment() -> dict[str, str]:
-    """Versions of this library, Python and the packages that matter, the platform and the number of cores."""
-    facts = {"hf_adaptive_decode": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    facts["cores"] = str(os.cpu_count())
-    for package in _PACKAGES:
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            facts[package] = "not installed"
     return facts

@@ -16,7 +16,9 @@ from ..errors import AdaptiveDecodeError
 COMMANDS = {
     "demo": "train heads on the embedded model and compare them with every baseline",
     "env": "print what a bug report needs",
+    "evaluate": "measure adapters against every baseline on any tasks, with a verdict",
     "select-actions": "choose an action set by greedy coverage on validation problems",
+    "trace": "show each token of a completion with what it was decoded with, as a page",
     "train-policy": "train a token or prompt policy by REINFORCE and compare it with every baseline",
 }
 

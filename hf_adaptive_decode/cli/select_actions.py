@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError
-from .env import environment
+from ..evaluation.provenance import environment
 from .tasks import add_task_arguments, load_model, load_problems, positive, reward_function
 
 _PLOTTED = 20  # how many actions the figure goes up to, to show where more stop paying
@@ -197,7 +197,7 @@ def _checked_lines(result: dict[str, Any]) -> str:
 def _plot(table: Any, k: int, output: Path) -> list[str]:
     """Draws the figure if it can; returns the names of the files written."""
     from ..actions import coverage_curve
-    from ..evaluation.plots import plot_coverage
+    from ..reports.plots import plot_coverage
 
     longest = min(table.shape[1], max(k, _PLOTTED))
     try:

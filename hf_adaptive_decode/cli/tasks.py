@@ -1,38 +1,92 @@
-"""Finds the model, the problems and the reward that a command is asked for; knows nothing of what it does with them."""
+"""Finds the model, the problems and the reward that flags ask for; knows nothing of what a command does with them."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from ..errors import AdaptiveDecodeError, MissingExtraError
+from ..errors import AdaptiveDecodeError
+from ..evaluation.sources import REWARDS, TESTBED, Source, rows_in_turns
+from ..evaluation.tasks import PRESETS, Task, find_reward, load_task
 
-TESTBED = "testbed"
-SPLITS = ("train", "validation", "test")
-# The column that each reward scores by, in its own word for it; the testbed's reads the prompt.
-REWARDS: dict[str, str | None] = {TESTBED: None, "exact_match": "solution", "math": "solution", "code": "tests"}
-_TEST_PERCENT, _VALIDATION_PERCENT = 10, 10
+__all__ = [
+    "TESTBED",
+    "add_eval_task_arguments",
+    "add_model_arguments",
+    "add_task_arguments",
+    "load_model",
+    "load_problems",
+    "load_tasks",
+    "positive",
+    "reward_function",
+]
+_PROMPT_COLUMN = "prompt"
+# Of `function` the columns are HumanEval's: `--task humaneval=PATH` is for such data.
+_OFFERED = [name for name in REWARDS if name != "function"]
+# What the library calls an argument, with or without its value: `dataset=rows.jsonl`, `prompt_column=`.
+_ARGUMENT = re.compile(r"`(\w+)=([^`]*)`")
 
 Row = dict[str, Any]
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """`--model`, `--dataset`, `--reward` and what belongs to them."""
+    add_model_arguments(parser)
+    _add_dataset_arguments(parser, default=[TESTBED])
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--model` and `--threads`, which `load_model` reads."""
     parser.add_argument("--model", default=TESTBED, help="folder or Hub id of a model; by default the embedded one")
+    parser.add_argument("--threads", type=positive, help="CPU threads; by default what torch chooses")
+
+
+def add_eval_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--task`, or `--dataset`, `--reward` and what belongs to them, and how many problems: what `load_tasks` reads."""
+    group = parser.add_argument_group("tasks")
+    group.add_argument(
+        "--task",
+        nargs="+",
+        action="extend",
+        metavar="NAME[=PATH]",
+        help="one or several of: testbed (the default), testbed:TYPE (calc, run, coin, sign, or some joined with +), "
+        f"{', '.join(PRESETS)}. PATH is a file, folder or Hub id in the same format, in place of the data "
+        "set that the name stands for",
+    )
+    _add_dataset_arguments(group, default=None)
+    group.add_argument(
+        "--prompt-template",
+        metavar="TEXT",
+        help="how the problems of --dataset are asked, with {prompt} where their text goes and {tests} where tests do",
+    )
+    group.add_argument(
+        "--chat", action="store_true", help="ask plain prompts as a user's message, through the model's chat template"
+    )
+    for part, most, what in (("validation", 300, "to choose baselines on"), ("test", 600, "to report on")):
+        group.add_argument(
+            f"--{part}-problems", type=positive, default=most, metavar="N", help=f"at most how many of a task {what}"
+        )
+    group.add_argument("--seed", type=int, default=0, help="seeds the choice of problems")
+
+
+def _add_dataset_arguments(parser: Any, default: list[str] | None) -> None:
     parser.add_argument(
         "--dataset",
         nargs="+",
-        default=[TESTBED],
-        help="problems, of one or several sources: `testbed` (the default), a .jsonl or .json file, or a folder or Hub "
-        "id for `datasets`, as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. A file, a single split and a named SPLIT are "
-        "divided into train, validation and test (80/10/10) by a hash of the prompt; else the set's own splits are "
-        "used, and those it lacks are taken from its train split in the same way",
+        default=default,
+        help="problems, of one or several sources: `testbed`"
+        + (", " if default is None else " (the default), ")
+        + "a .jsonl or .json file, or a folder or Hub id for `datasets`, as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. A "
+        "file, a single split and a named SPLIT are divided into train, validation and test (80/10/10) by a hash of "
+        "the prompt; else the set's own splits are used, and those it lacks are taken from its train split in the same "
+        "way",
     )
-    parser.add_argument("--prompt-column", default="prompt", metavar="NAME", help="the column with the prompts")
+    parser.add_argument("--prompt-column", default=_PROMPT_COLUMN, metavar="NAME", help="the column with the prompts")
     parser.add_argument(
         "--solution-column",
         metavar="NAME",
@@ -43,8 +97,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="the solution is what follows the last TEXT in its column (GSM8K: ####)",
     )
-    parser.add_argument("--reward", default=TESTBED, choices=list(REWARDS), help="how completions are scored")
-    parser.add_argument("--threads", type=positive, help="CPU threads; by default what torch chooses")
+    parser.add_argument("--reward", default=TESTBED, choices=_OFFERED, help="how completions are scored")
 
 
 def positive(text: str) -> int:
@@ -90,218 +143,87 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def reward_function(name: str) -> Callable[..., Sequence[float | None]]:
-    """
-    The reward of a name.
-
-    Raises:
-        [`MissingExtraError`], [`SandboxUnavailableError`]: If it cannot work here.
-    """
-    from .. import rewards
-    from ..testbed import testbed_reward
-
-    if name not in REWARDS:
-        raise ValueError(f"there is no reward {name!r}; choose one of {', '.join(REWARDS)}.")
-    if name == TESTBED:
-        return testbed_reward
-    reward: Callable[..., Sequence[float | None]] = getattr(rewards, f"{name}_reward")
-    # Scoring nothing finds out now, instead of after the first hour of completions, what is missing.
-    reward(completions=[], **{str(REWARDS[name]): []})
-    return reward
+    """The reward of a name; see [`~evaluation.tasks.find_reward`]."""
+    return find_reward(name)
 
 
-def load_problems(args: argparse.Namespace, split: str, n: int | None, seed: int) -> list[Row]:
+def load_problems(args: argparse.Namespace, split: str, n: int | None, seed: int, chat: bool = False) -> list[Row]:
     """
     Rows of all of `--dataset`, the sources taking turns, so that every prefix of n rows is balanced.
 
     Args:
         args (`argparse.Namespace`): With the task arguments.
-        split (`str`): `"train"`, `"validation"` or `"test"`.
-        n (`int`, *optional*): How many rows in all; all there are when `None`.
-        seed (`int`): Which ones.
-    """
-    entries = list(dict.fromkeys(args.dataset))
-    counts = [None if n is None else len(range(turn, n, len(entries))) for turn in range(len(entries))]
-    sources = [load_rows(one, args, split, count, seed) for one, count in zip(entries, counts, strict=True)]
-    longest = max(map(len, sources))
-    return [rows[turn] for turn in range(longest) for rows in sources if turn < len(rows)]
-
-
-def load_rows(entry: str, args: argparse.Namespace, split: str, n: int | None, seed: int) -> list[Row]:
-    """
-    Rows of one source, with a `prompt` and the reward's columns: `solution`, or `tests` and `entry_point`.
-
-    Which rows, and their order, depends on the seed and the prompts alone; fewer rows are the first of more.
-
-    Args:
-        entry (`str`): One of `--dataset`.
-        args (`argparse.Namespace`): With the task arguments.
         split (`str`): `"train"`, `"validation"` or `"test"`; no prompt is in two of them.
-        n (`int`, *optional*): How many rows; all there are when `None` (of the testbed, as many as it gives).
+        n (`int`, *optional*): How many rows in all; all there are when `None` (of the testbed, as many as it gives).
         seed (`int`): Which ones.
+        chat (`bool`): Whether plain prompts are asked as a user's message.
 
     Raises:
-        `ValueError`: If the source cannot be read, lacks a column or the rows, or does not fit the reward.
+        `ValueError`: If a source cannot be read, lacks a column or the rows, or does not fit the reward.
         [`MissingExtraError`]: If `datasets` is needed and not installed.
     """
-    from ..testbed import build_problems
+    with _named_as_flags():
+        sources = [_source(entry, args, chat) for entry in dict.fromkeys(args.dataset)]
+        return rows_in_turns(sources, split, n, seed)
 
-    if split not in SPLITS:
-        raise ValueError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}.")
-    if (entry == TESTBED) != (args.reward == TESTBED):
+
+def load_tasks(args: argparse.Namespace) -> list[Task]:
+    """
+    The tasks of `--task` and one for each of `--dataset`; the testbed where there is neither.
+
+    Those that would have the same name are called what the flags say instead.
+
+    Args:
+        args (`argparse.Namespace`): With the arguments of `add_eval_task_arguments`.
+
+    Raises:
+        `ValueError`: If there is no such task, or its data cannot be read, lack a column or leave a part empty.
+        [`MissingExtraError`], [`SandboxUnavailableError`]: If `datasets` or what a reward needs is missing.
+    """
+    _check_own(args)
+    how: dict[str, Any] = {"validation": args.validation_problems, "test": args.test_problems, "seed": args.seed}
+    found: dict[str, Task] = {}
+    for word in args.task or ([] if args.dataset else [TESTBED]):
+        name, equals, path = word.partition("=")
+        if equals and not path:
+            raise ValueError(f"--task {word} has no path behind its =; write {word}PATH, or {name} alone.")
+        with _named_as_flags(f"--task {word}: "):
+            found[word] = load_task(name, path or None, chat=args.chat, **how)
+    for entry in args.dataset or []:
+        with _named_as_flags():
+            found[entry] = load_task(_source(entry, args, args.chat, args.prompt_template), **how)
+    shared = Counter(task.name for task in found.values())
+    return [replace(task, name=word) if shared[task.name] > 1 else task for word, task in found.items()]
+
+
+def _check_own(args: argparse.Namespace) -> None:
+    """Refuses flags that would be without effect."""
+    given = {
+        "--reward": args.reward != TESTBED,
+        "--prompt-column": args.prompt_column != _PROMPT_COLUMN,
+        "--solution-column": args.solution_column,
+        "--solution-after": args.solution_after,
+        "--prompt-template": args.prompt_template,
+    }
+    idle = [flag for flag, is_given in given.items() if is_given]
+    if idle and not args.dataset:
         raise ValueError(
-            f"--reward {args.reward} does not fit --dataset {entry}: the reward `testbed` is for the data set `testbed`"
-            f" and no other; pass --reward with one of {', '.join(REWARDS)}."
+            f"{idle[0]} is for --dataset, and none is given: pass --dataset with --reward and the columns for data of "
+            "your own, in place of --task or beside it."
         )
-    if entry == TESTBED:
-        return build_problems(split, n, seed=seed)
-    # Of rows with the same prompt the first counts, so that none can be met again.
-    rows = {_text(row["prompt"]): row for row in reversed(_part(entry, args, split))}
-    order = sorted(rows, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())
-    if not order or (n is not None and n > len(order)):
-        raise ValueError(
-            f"the {split} part of {entry} has {len(order)} different prompts, and {'some' if n is None else n} are "
-            "needed; ask for fewer, or use a larger data set."
-        )
-    return [rows[text] for text in order[:n]]
 
 
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+def _source(entry: str, args: argparse.Namespace, chat: bool, template: str | None = None) -> Source:
+    """One of `--dataset` with what the other flags say of it."""
+    columns = (args.prompt_column, args.solution_column, args.solution_after)
+    return Source(entry, args.reward, *columns, prompt_template=template, chat=chat)
 
 
-def _part(entry: str, args: argparse.Namespace, split: str) -> list[Row]:
-    """The rows of one split under our column names: the source's own, or a share by hash where it has none."""
-    columns = _Columns(entry, args)
-    if Path(entry).suffix in (".jsonl", ".json"):
-        tables: dict[str, Any] = {"": _read_file(Path(entry))}
-    else:
-        tables = _read_datasets(entry)
-    if len(tables) == 1:
-        # Even where its one split is called "test": the other two parts would otherwise be taken from it as well.
-        (rows,) = tables.values()
-        own: set[str] = set()
-    elif split in tables and split != "train":
-        return columns.rows(tables[split])
-    elif "train" in tables:
-        rows, own = tables["train"], set(tables)
-    else:
-        raise ValueError(f"{entry} has the splits {sorted(tables)} and no `train`; pass {entry}:SPLIT to name one.")
-    # A share that the source has a split of its own for stays with the training rows.
-    parts = {split} | (own if split == "train" else set())
-    return [row for row in columns.rows(rows) if _hashed_split(row["prompt"]) in parts]
-
-
-def _hashed_split(prompt: Any) -> str:
-    """From the prompt alone, so the same on every machine, whatever rows are added."""
-    bucket = int.from_bytes(hashlib.sha256(_text(prompt).encode()).digest()[:8], "big") % 100
-    if bucket < _TEST_PERCENT:
-        return "test"
-    return "validation" if bucket < _TEST_PERCENT + _VALIDATION_PERCENT else "train"
-
-
-class _Columns:
-    """Which columns of a source a command needs, and under which names; `args` are the task arguments."""
-
-    def __init__(self, entry: str, args: argparse.Namespace) -> None:
-        self.entry, self.after = entry, args.solution_after
-        self.needed = {"prompt": args.prompt_column}
-        scored = REWARDS[args.reward]
-        if scored is not None:
-            self.needed[scored] = args.solution_column or scored
-        # Of the code data sets some name the function to test.
-        self.optional = {"entry_point": "entry_point"} if args.reward == "code" else {}
-
-    def rows(self, table: Any) -> list[Row]:
-        """The rows of a list of dicts or of a `datasets.Dataset`, renamed and checked."""
-        if hasattr(table, "select_columns"):
-            self._check(table.column_names)
-            # Other columns may be large, and rows become Python objects here.
-            known = dict.fromkeys([*self.needed.values(), *self.optional.values()])
-            table = table.select_columns([column for column in known if column in table.column_names])
-        return [self._renamed(row, f"row {index} of {self.entry}") for index, row in enumerate(table)]
-
-    def _check(self, found: Iterable[str], where: str = "") -> None:
-        missing = [column for column in self.needed.values() if column not in found]
-        if missing:
-            raise ValueError(
-                f"{where or self.entry} has the columns {sorted(found)} and not {missing}; name the right ones with "
-                "--prompt-column and --solution-column."
-            )
-
-    def _renamed(self, row: Row, where: str) -> Row:
-        self._check(row, where)
-        renamed = {name: row[column] for name, column in self.needed.items()}
-        for name, column in self.needed.items():
-            if renamed[name] is None or renamed[name] in ("", []):
-                raise ValueError(f"the `{column}` of {where} is {renamed[name]!r}; take such rows out first.")
-        if not isinstance(renamed["prompt"], str | list):
-            raise ValueError(
-                f"the `{self.needed['prompt']}` of {where} is {renamed['prompt']!r:.200}; it has to be a text or a "
-                "list of messages."
-            )
-        if self.after and "solution" in renamed:
-            renamed["solution"] = self._behind_mark(str(renamed["solution"]), where)
-        return renamed | {name: row.get(column) for name, column in self.optional.items()}
-
-    def _behind_mark(self, text: str, where: str) -> str:
-        _, mark, solution = text.rpartition(self.after)
-        if not mark or not solution.strip():
-            raise ValueError(
-                f"the `{self.needed['solution']}` of {where} has nothing behind {self.after!r}, where --solution-after "
-                f"looks: {text!r:.200}"
-            )
-        return solution.strip()
-
-
-def _read_file(path: Path) -> list[Row]:
-    """The rows of a JSON Lines file, or of a JSON file that is a list."""
+@contextmanager
+def _named_as_flags(where: str = "") -> Iterator[None]:
+    """Errors of the library with its arguments as the flags that they come from, behind `where`."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":
-            rows = json.loads(text)
-        else:
-            # Not `splitlines`, which also splits at separators that may stand within a JSON text.
-            rows = [_parsed(line, number) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--dataset {path} cannot be read: {error}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(
-            f"--dataset {path} has to hold rows that are JSON objects, one a line (.jsonl) or in a list (.json)."
-        )
-    return rows
-
-
-def _parsed(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
+        yield
     except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from error
-
-
-def _read_datasets(entry: str) -> dict[str, Any]:
-    """The splits of a folder or Hub id that `datasets` reads; a data set without splits has one of no name."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError("datasets", "train") from error
-    name, config, split = _entry_parts(entry)
-    try:
-        if any(Path(name, marker).exists() for marker in ("dataset_dict.json", "state.json")):
-            loaded = datasets.load_from_disk(name)
-            loaded = loaded[split] if split else loaded
-        else:
-            loaded = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # readers of other formats raise whatever they raise
-        raise ValueError(f"--dataset {entry} cannot be loaded: {type(error).__name__}: {error}") from error
-    return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
-
-
-def _entry_parts(entry: str) -> tuple[str, str | None, str | None]:
-    """Name, configuration and split of NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; a folder may have colons in its name."""
-    if Path(entry).exists():
-        return entry, None, None
-    name, *rest = entry.split(":")
-    if len(rest) > 2 or not name:
-        raise ValueError(f"--dataset {entry} has to be NAME, NAME:SPLIT or NAME:CONFIG:SPLIT.")
-    split = rest.pop() if rest else ""
-    return name, "".join(rest) or None, split or None
+        said = _ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')} {found[2]}".rstrip(), str(error))
+        raise ValueError(where + said) from error

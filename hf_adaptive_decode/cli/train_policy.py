@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .env import environment
+from ..evaluation.provenance import environment
 from .policy_run import RunFolder, prior_entries, static_rates, train_in
 from .tasks import TESTBED, add_task_arguments, load_model, load_problems, positive, reward_function
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluation
 
 # What changes nothing about the trained policy, so that a run may go on, or be measured again, with others.
 _FREE = {"command", "json", "config", "output", "threads", "resume", "save_steps", "report_to", "log_completions"}
@@ -25,7 +28,7 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The task, the policy, its training and the comparison; the defaults are for the embedded model."""
-    parser.add_argument("--output", default="policy_output", metavar="DIR", help="DIR/adapter is what comes of it")
+    parser.add_argument("--output", default="policy_output", metavar="DIR", help="for DIR/adapter and DIR/evaluation")
     parser.add_argument("--seed", type=int, default=0, help="seeds the choice of problems, training and sampling")
     add_task_arguments(parser)
     parser.add_argument(
@@ -128,10 +131,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # All that may be wrong shows here, before a model is loaded.
     plans = [_plan(args, actions, problems, is_twin) for is_twin in ([False, True] if args.twin else [False])]
     model, tokenizer, policies = _train(args, plans, actions, reward, problems)
-    result = _compare(args, model, tokenizer, problems, reward, actions, policies) if args.test_problems else {}
-    _show(result, plans, args)
+    found = _compare(args, model, tokenizer, problems, reward, actions, policies) if args.test_problems else None
+    _show(found, plans, args)
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "json", "config")}
-    result |= {"actions": actions, "training": {plan.name: plan.run.record["log"] for plan in plans}}
+    result: dict[str, Any] = {"lines": [] if found is None else found.lines, "actions": actions}
+    result |= {"training": {plan.name: plan.run.record["log"] for plan in plans}}
     result |= {"priors": {name: group[0].config.action_prior for name, group in policies.items()}}
     seconds = time.perf_counter() - started
     return {**result, "arguments": settings, "seconds": seconds, "environment": environment()}
@@ -209,13 +213,7 @@ def _problems(args: argparse.Namespace) -> dict[str, list[Row]]:
         wanted["validation"] = args.validation_problems
     if args.test_problems:
         wanted["test"] = args.test_problems
-    problems = {split: load_problems(args, split, count, args.seed) for split, count in wanted.items()}
-    return {split: [_as_chat(row) for row in rows] if args.chat else rows for split, rows in problems.items()}
-
-
-def _as_chat(row: Row) -> Row:
-    prompt = row["prompt"]
-    return row | {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+    return {split: load_problems(args, split, count, args.seed, chat=args.chat) for split, count in wanted.items()}
 
 
 @dataclass(frozen=True)
@@ -311,38 +309,42 @@ def _compare(
     reward: Any,
     actions: list[dict[str, float]],
     policies: dict[str, list[Any]],
-) -> dict[str, Any]:
+) -> Evaluation:
+    """The policy, its twin if there is one, and every baseline on the test problems."""
+    from ..evaluation import Task, evaluate_decoding
     from ..evaluation.baselines import STATIC_GRID, describe
-    from ..evaluation.policies import compare_policies
+    from ..evaluation.tasks import read_testbed_answer
 
     # Every action is a static as well, and one of them might be the best.
     known = {"greedy", *map(describe, STATIC_GRID)}
     grid = [*STATIC_GRID, *(action for action in actions if describe(action) not in known)]
-    return compare_policies(
+    rows = {split: _as_asked(args, problems[split]) for split in ("validation", "test")}
+    names = [Path(entry).stem if Path(entry).is_file() else entry for entry in dict.fromkeys(args.dataset)]
+    answer = read_testbed_answer if args.reward == TESTBED else None
+    main, *others = policies
+    return evaluate_decoding(
         model,
         tokenizer,
-        _as_asked(args, problems["validation"]),
-        _as_asked(args, problems["test"]),
-        reward,
-        policies,
-        token_budgets=sorted(set(args.budget)),
-        parallel_budgets=sorted(set(args.parallel_budget)),
+        Task(", ".join(names), **rows, reward=reward, answer=answer),
+        {main: policies[main]},
+        rivals={name: policies[name] for name in others},
         samples=args.eval_samples,
+        ks=args.parallel_budget,
+        token_budgets=args.budget,
+        seeds=(args.seed,),
         grid=grid,
-        seed=args.seed,
+        folder=Path(args.output, "evaluation"),
         batch_rows=args.eval_batch_rows,
     )
 
 
-def _show(result: dict[str, Any], plans: Sequence[_Plan], args: argparse.Namespace) -> None:
-    from ..evaluation.policy_table import policy_table
-
+def _show(found: Evaluation | None, plans: Sequence[_Plan], args: argparse.Namespace) -> None:
     say = sys.stderr if args.json == "-" else sys.stdout
-    if result:
-        budgets = ", ".join(map(str, sorted(set(args.budget))))
-        size = f"{result['problems']} test problems, {result['samples']} samples each, token budgets {budgets}"
-        print(f"\n{size};\nin per cent with 95 % intervals over problems; gains are paired by problem:\n", file=say)
-        print(policy_table(result), file=say)
+    if found is not None:
+        adapter = found.find("adapter")
+        size = f"{adapter['problems']} test problems, {adapter['samples']} samples each"
+        print(f"\n{size}; in per cent with 95 % intervals over problems; gains are paired by problem:\n", file=say)
+        print(f"{found.table()}\n\n{found.summary()}\n\nWritten to {Path(args.output, 'evaluation')}.", file=say)
     for plan in plans:
         line = f"AutoDecoForCausalLM.from_pretrained({str(plan.run.adapter)!r})"
         print(f"\nLoad it in one line ({plan.name}): {line}", file=say)

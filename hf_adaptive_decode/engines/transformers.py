@@ -63,23 +63,60 @@ def complete(
 
     Returns: A list of `samples` [`Completion`] for each prompt, in the order of `prompts`.
     """
-    budgets, told = _budgets(token_budget, samples if parallel_budget is None else parallel_budget, len(prompts))
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    greedy = settings is not None and settings.get("temperature") == 0
-    policy = _policy(model, settings) if policy is None else policy
-    # Prompts of like length go together, so that little is padded.
-    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    flat = [(index, sample) for index in order for sample in range(1 if greedy else samples)]
+    greedy = is_greedy(settings) and policy is None
+    wanted = [(index, sample) for index in range(len(prompts)) for sample in range(1 if greedy else samples)]
     found: list[list[Completion]] = [[] for _ in prompts]
-    bar = tqdm(total=len(flat), desc=description, unit="row", disable=description is None, leave=False)
-    with bar, _evaluating(policy):
-        for batch in (flat[start : start + batch_rows] for start in range(0, len(flat), batch_rows)):
-            rows = _rows(batch, encoded, budgets, told, seed)
-            decoded = decode(model, policy, rows, **special_tokens(model, tokenizer), records="parameters")
-            for (index, _), completion in zip(batch, as_completions(decoded, tokenizer), strict=True):
+    how: dict[str, Any] = {"token_budget": token_budget, "settings": settings, "policy": policy, "seed": seed}
+    how["parallel_budget"] = samples if parallel_budget is None else parallel_budget
+    bar = tqdm(total=len(wanted), desc=description, unit="row", disable=description is None, leave=False)
+    with bar:
+        for batch in complete_batches(model, tokenizer, prompts, wanted, batch_rows=batch_rows, **how):
+            for index, _, completion in batch:
                 found[index].append(completion)
             bar.update(len(batch))
     return [group * samples for group in found] if greedy else found
+
+
+def is_greedy(settings: Mapping[str, float] | None) -> bool:
+    """Whether all samples of a prompt are the same under these static settings."""
+    return settings is not None and settings.get("temperature") == 0
+
+
+def complete_batches(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    wanted: Sequence[tuple[int, int]],
+    *,
+    token_budget: int | Sequence[int],
+    parallel_budget: int,
+    settings: Mapping[str, float] | None = None,
+    policy: DecodingPolicy | None = None,
+    seed: int = 0,
+    batch_rows: int = 256,
+) -> Iterator[list[tuple[int, int, Completion]]]:
+    """
+    Some completions of some prompts, a batch at a time, for callers that keep what is finished.
+
+    Args:
+        model, tokenizer, prompts, token_budget, settings, policy, seed, batch_rows: As [`complete`] takes them.
+        wanted (sequence of `(prompt, sample)`): Which; a completion is the same whatever else is wanted.
+        parallel_budget (`int`): Parallel budget B that the policy is told.
+
+    Yields:
+        `(prompt, sample, completion)` of each row of a batch; prompts of like length come together.
+    """
+    budgets, told = _budgets(token_budget, parallel_budget, len(prompts))
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    policy = _policy(model, settings) if policy is None else policy.to(model.device)
+    # Prompts of like length go together, so that little is padded.
+    flat = sorted(wanted, key=lambda name: (len(encoded[name[0]]), name))
+    with _evaluating(policy):
+        for batch in (flat[start : start + batch_rows] for start in range(0, len(flat), batch_rows)):
+            rows = _rows(batch, encoded, budgets, told, seed)
+            decoded = decode(model, policy, rows, **special_tokens(model, tokenizer), records="parameters")
+            completions = as_completions(decoded, tokenizer)
+            yield [(*name, completion) for name, completion in zip(batch, completions, strict=True)]
 
 
 def _budgets(token_budget: Any, parallel: Any, prompts: int) -> tuple[tuple[int, ...], int]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from ..losses import IGNORE_INDEX
 from ..modeling import AutoDecoForCausalLM
+from ..policies import DecodingPolicy
 from ..projection import FrozenProjection
 from ..types import DecodeState
 
@@ -35,6 +37,53 @@ class TextLikelihood:
     mean_temperature: float
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """
+    Some of a document's predictions, few enough that their logits fit in memory.
+
+    Args:
+        document (`int`): Index of the document.
+        hidden (`torch.Tensor` of shape `[C, H]`): Input of the output embedding, in the base's dtype.
+        logits (`torch.Tensor` of shape `[C, V]`, `torch.float32`): The base's logits.
+        target (`torch.Tensor` of shape `[C]`, `torch.long`): The tokens that came, on the logits' device.
+    """
+
+    document: int
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    target: torch.Tensor
+
+    def temperature(self, policy: DecodingPolicy) -> torch.Tensor:
+        """What a policy says, `[C]`, `torch.float32`, on the logits' device; 1 where it leaves temperature off."""
+        chosen = policy(DecodeState(self.hidden, self.logits)).temperature
+        if not isinstance(chosen, torch.Tensor):
+            chosen = torch.full(self.target.shape, 1.0 if chosen is None else float(chosen))
+        return chosen.to(self.logits.device)
+
+
+@torch.no_grad()
+def read_documents(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Iterator[Predictions]:
+    """
+    Teacher-forced predictions of the tokens that count, document by document.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A base or adaptive model, in evaluation mode.
+        rows (sequence of mappings): Documents with `input_ids` and `labels` (−100 where a token does not count).
+    """
+    projection = FrozenProjection(model)
+    for number, row in enumerate(rows):
+        ids = torch.tensor([row["input_ids"]], device=model.device)
+        targets = torch.tensor(row["labels"], device=model.device)[1:]
+        keep = targets != IGNORE_INDEX
+        hidden = projection.hidden_states(input_ids=ids)[0, :-1]
+        hidden = hidden[keep.to(hidden.device)]
+        for part, target in zip(hidden.split(_CHUNK), targets[keep].split(_CHUNK), strict=True):
+            if len(target):
+                logits = projection.logits(part).float()
+                yield Predictions(number, part, logits, target.to(logits.device))
+
+
 @torch.no_grad()
 def text_likelihood(
     model: AutoDecoForCausalLM, rows: Sequence[Mapping[str, Any]], temperatures: Sequence[float]
@@ -49,32 +98,18 @@ def text_likelihood(
         rows (sequence of mappings): Documents with `input_ids` and `labels` (−100 where a token does not count).
         temperatures (sequence of `float`): The fixed temperatures, each above 0.
     """
-    projection = FrozenProjection(model)
-    policy = model.decoding_adapter
-    scales = torch.tensor(list(temperatures), device=model.device)
-    static, adapter, tokens = [], [], []
+    static = np.zeros((len(rows), len(temperatures)))
+    adapter, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     total_temperature = 0.0
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]], device=model.device)
-        targets = torch.tensor(row["labels"], device=model.device)[1:]
-        keep = targets != IGNORE_INDEX
-        hidden = projection.hidden_states(input_ids=ids)[0, :-1][keep]
-        document = torch.zeros(len(scales) + 1, dtype=torch.float64)
-        for part, target in zip(hidden.split(_CHUNK), targets[keep].split(_CHUNK), strict=True):
-            logits = projection.logits(part).float()
-            chosen = policy(DecodeState(part, logits)).temperature
-            chosen = torch.ones(len(target), device=logits.device) if chosen is None else chosen
-            per_token = [_nll(logits / scale, target) for scale in scales]
-            per_token.append(_nll(logits / chosen[:, None], target))
-            document += torch.stack(per_token).double().sum(1).cpu()
-            total_temperature += float(chosen.sum())
-        static.append(document[:-1].numpy())
-        adapter.append(float(document[-1]))
-        tokens.append(int(keep.sum()))
-    return TextLikelihood(
-        np.array(static), np.array(adapter), np.array(tokens), total_temperature / max(sum(tokens), 1)
-    )
+    for some in read_documents(model, rows):
+        chosen = some.temperature(model.decoding_adapter)
+        static[some.document] += [float(_nll(some.logits / scale, some.target)) for scale in temperatures]
+        adapter[some.document] += float(_nll(some.logits / chosen[:, None], some.target))
+        tokens[some.document] += len(some.target)
+        total_temperature += float(chosen.sum())
+    return TextLikelihood(static, adapter, tokens, total_temperature / max(int(tokens.sum()), 1))
 
 
 def _nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    """The sum over tokens, added up in double precision."""
+    return torch.nn.functional.cross_entropy(logits, target, reduction="none").double().sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -18,14 +16,14 @@ from .. import __version__
 from ..budget import resolve_budget
 from ..configuration import AutoDecoConfig
 from ..engines.transformers import complete
-from ..hub.bases import fingerprint
 from ..types import Budget
 from .baselines import describe
+from .digests import model_digest, rows_digest
+from .lines import AppendedLines
 from .runner import Reward, score
 
 POOL_FILE = "pool.jsonl"
 _FORMAT = 1
-_VALUES_A_WEIGHT = 16  # how many numbers of each weight go into the model's digest
 
 
 def evaluate_pool(
@@ -101,43 +99,26 @@ class _Record:
     """
 
     def __init__(self, path: Path, header: dict[str, Any], problems: int) -> None:
-        self.path = path
+        self._file = AppendedLines(path)
         self.done: dict[str, np.ndarray] = {}
-        line = _line(header)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.exists() else b""
-        whole = content.rfind(b"\n") + 1
-        if whole:
-            first, *others = content[:whole].splitlines()
-            self._compare(first, json.loads(line))
-            for number, other in enumerate(others, start=2):
-                key, rewards = self._parse(other, number, problems)
-                self.done[key] = rewards
-        elif not line.startswith(content):
-            raise ValueError(f"{path} is no record of a pool; choose another folder or delete the file.")
-        if whole < len(content):
-            # The writer was killed within its last line.
-            os.truncate(path, whole)
-        if not whole:
-            self._write(line)
+        if not self._file.found:
+            self._file.append([header])
+            return
+        first, *others = self._file.found
+        # As it reads once it has been written: a list where a tuple was.
+        self._compare(first, json.loads(json.dumps(header)))
+        for number, entry in enumerate(others, start=2):
+            key, rewards = self._parse(entry, number, problems)
+            self.done[key] = rewards
 
     def append(self, settings: Mapping[str, float], rewards: np.ndarray, mean_tokens: float) -> None:
         """Adds a finished candidate; on disk when this returns."""
-        self._write(_line({"settings": dict(settings), "rewards": rewards.tolist(), "mean_tokens": mean_tokens}))
+        self._file.append([{"settings": dict(settings), "rewards": rewards.tolist(), "mean_tokens": mean_tokens}])
 
-    def _write(self, line: bytes) -> None:
-        with self.path.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _compare(self, first: bytes, header: dict[str, Any]) -> None:
-        try:
-            found = json.loads(first)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict) or "format" not in found:
-            raise ValueError(f"{self.path} is no record of a pool; choose another folder or delete the file.")
+    def _compare(self, found: dict[str, Any], header: dict[str, Any]) -> None:
+        path = self._file.path
+        if "format" not in found:
+            raise ValueError(f"{path} is no record of a pool; choose another folder or delete the file.")
         wrong = [
             f"`{name}` is {found.get(name)!r} there and {header.get(name)!r} here"
             for name in {**header, **found}
@@ -145,19 +126,18 @@ class _Record:
         ]
         if wrong:
             raise ValueError(
-                f"{self.path} holds another evaluation: {'; '.join(wrong)}. Choose another folder or delete the file."
+                f"{path} holds another evaluation: {'; '.join(wrong)}. Choose another folder or delete the file."
             )
 
-    def _parse(self, line: bytes, number: int, problems: int) -> tuple[str, np.ndarray]:
+    def _parse(self, entry: dict[str, Any], number: int, problems: int) -> tuple[str, np.ndarray]:
         try:
-            entry = json.loads(line)
             key, rewards = _key(entry["settings"]), np.asarray(entry["rewards"], dtype=np.float64)
         except (ValueError, TypeError, KeyError, AttributeError):
             rewards = np.empty(0)
         if rewards.shape != (problems,) or not np.isfinite(rewards).all():
             raise ValueError(
-                f"line {number} of {self.path} is damaged: it has to hold `settings` and {problems} `rewards`; delete "
-                "that line, which is then done again, or the file."
+                f"line {number} of {self._file.path} is damaged: it has to hold `settings` and {problems} `rewards`; "
+                "delete that line, which is then done again, or the file."
             )
         return key, rewards
 
@@ -165,28 +145,14 @@ class _Record:
 def _header(
     model: PreTrainedModel, problems: Sequence[Mapping[str, Any]], reward: Reward, **how: Any
 ) -> dict[str, Any]:
-    # The whole rows, since with other solutions the rewards would be others.
-    rows = json.dumps([dict(row) for row in problems], sort_keys=True, default=str)
     return {
         "format": _FORMAT,
         "library": __version__,
-        "model": _model_digest(model),
-        "problems": hashlib.sha256(rows.encode()).hexdigest(),
+        "model": model_digest(model),
+        "problems": rows_digest(problems),
         "reward": getattr(reward, "__name__", type(reward).__name__),
         **how,
     }
-
-
-def _model_digest(model: PreTrainedModel) -> str:
-    """The architecture and a few numbers of every weight: another checkpoint of it has another digest, at no cost."""
-    digest = hashlib.sha256(fingerprint(model).encode())
-    for name, weight in model.named_parameters():
-        digest.update(name.encode())
-        # What is offloaded has no numbers here.
-        if weight.device.type != "meta":
-            step = max(1, weight.numel() // _VALUES_A_WEIGHT)
-            digest.update(weight.detach().flatten()[::step].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _finite(rewards: np.ndarray, settings: Mapping[str, float]) -> np.ndarray:
@@ -200,7 +166,3 @@ def _finite(rewards: np.ndarray, settings: Mapping[str, float]) -> np.ndarray:
 
 def _key(settings: Mapping[str, float]) -> str:
     return json.dumps({name: float(value) for name, value in settings.items()}, sort_keys=True)
-
-
-def _line(entry: dict[str, Any]) -> bytes:
-    return (json.dumps(entry) + "\n").encode()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..engines.base import Completion
 from ..engines.transformers import complete
 from ..policies import DecodingPolicy
-from .metrics import Interval, bootstrap_interval, pass_at_k
+from .metrics import pass_at_k
 
 Reward = Callable[..., Sequence[float | None]]
 Settings = Mapping[str, float]
@@ -62,14 +62,6 @@ class Outcome:
     def pass_at(self, k: int) -> np.ndarray:
         """Unbiased pass@k of each problem, `[problems]`."""
         return np.asarray(pass_at_k(self.correct.shape[1], self.correct.sum(axis=1), k))
-
-    def interval(self, k: int, seed: int = 0) -> Interval:
-        """Mean pass@k with its interval over problems."""
-        return bootstrap_interval(self.pass_at(k), seed)
-
-    def difference(self, other: Outcome, k: int, seed: int = 0) -> Interval:
-        """Paired difference in pass@k to another decoder on the same problems, this one minus that."""
-        return bootstrap_interval(self.pass_at(k) - other.pass_at(k), seed)
 
 
 def run_decoder(
@@ -133,17 +125,22 @@ def score(
         `ValueError`: If the reward gives another number of values than there are completions, or none for one.
     """
     rows = [(row, one) for row, group in zip(problems, completions, strict=True) for one in group]
-    columns = {name: [row[name] for row, _ in rows] for name in problems[0] if name not in ("prompt", "completion")}
+    return score_rows([row for row, _ in rows], [one for _, one in rows], reward).reshape(len(problems), -1)
+
+
+def score_rows(problems: Sequence[Mapping[str, Any]], completions: Sequence[Completion], reward: Reward) -> np.ndarray:
+    """As [`score`], of completions with each its own problem, `[completions]`."""
+    columns = {name: [row[name] for row in problems] for name in problems[0] if name not in ("prompt", "completion")}
     values = reward(
-        prompts=[row["prompt"] for row, _ in rows],
-        completions=[_as_answer(row["prompt"], one.text) for row, one in rows],
-        completion_ids=[list(one.token_ids) for _, one in rows],
+        prompts=[row["prompt"] for row in problems],
+        completions=[_as_answer(row["prompt"], one.text) for row, one in zip(problems, completions, strict=True)],
+        completion_ids=[list(one.token_ids) for one in completions],
         **columns,
     )
-    if len(values) != len(rows) or any(value is None for value in values):
+    if len(values) != len(completions) or any(value is None for value in values):
         name = getattr(reward, "__name__", "the reward")
-        raise ValueError(f"{name} gave {len(values)} values for {len(rows)} completions; it has to score each of them.")
-    return np.asarray(values, dtype=np.float64).reshape(len(problems), -1)
+        raise ValueError(f"{name} gave {len(values)} values for {len(completions)} completions; it has to score each.")
+    return np.asarray(values, dtype=np.float64)
 
 
 def _as_answer(prompt: Any, text: str) -> Any:

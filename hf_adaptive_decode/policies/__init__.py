@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..configuration import AutoDecoConfig
 from .base import DecodingPolicy
+from .entropy import EntropyPolicy
 from .heads import HeadsPolicy
 from .sequence_actions import SequenceActionsPolicy
 from .static import StaticPolicy
@@ -14,6 +15,7 @@ POLICIES: dict[str, type[DecodingPolicy]] = {
     "token_actions": TokenActionsPolicy,
     "sequence_actions": SequenceActionsPolicy,
     "static": StaticPolicy,
+    "entropy": EntropyPolicy,
 }
 
 
@@ -25,6 +27,7 @@ def build_policy(config: AutoDecoConfig) -> DecodingPolicy:
 __all__ = [
     "POLICIES",
     "DecodingPolicy",
+    "EntropyPolicy",
     "HeadsPolicy",
     "SequenceActionsPolicy",
     "StaticPolicy",

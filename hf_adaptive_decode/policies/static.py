@@ -7,7 +7,8 @@ from typing import cast
 
 import torch
 
-from ..configuration import ACTION_FIELDS, AutoDecoConfig
+from ..configuration import AutoDecoConfig
+from ..configuration_checks import ACTION_FIELDS
 from ..types import DecodeState, SamplingParameters
 from .base import DecodingPolicy
 
@@ -17,7 +18,8 @@ _OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 class StaticPolicy(DecodingPolicy):
     """
-    One action for every token, or for each token one drawn from `config.actions` with `config.action_weights`.
+    One action for every token, or one drawn from `config.actions` with `config.action_weights` for each token, or for
+    each sequence with `mixture_per="sequence"`.
 
     The draw is the state's, or else comes from torch's default generator of the hidden state's device. With
     `max_prob_mask` the masked static: greedy wherever the base model is surer than that.
@@ -42,6 +44,11 @@ class StaticPolicy(DecodingPolicy):
     def needs_logits(self) -> bool:
         """Logits are read to see where the model is sure."""
         return self.config.max_prob_mask is not None
+
+    @property
+    def decides_once(self) -> bool:
+        """Whether the action is drawn at a sequence's first step and kept."""
+        return self.config.mixture_per == "sequence"
 
     def forward(self, state: DecodeState) -> SamplingParameters:
         """Parameters and `action` of shape `[N]`."""

@@ -8,6 +8,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..losses import DecodingLossConfig
+from ..losses.control import RankingLossConfig
+from .control import CommandSet
 
 # AutoDeco, section 6: AdamW at 5e-6, batches of 32 sequences of up to 16,384 tokens, 400 steps.
 _PAPER = {
@@ -44,11 +46,26 @@ class AutoDecoTrainingArguments(TrainingArguments):
         dft_weight (`str`, defaults to `"base"`):
             Dynamic Fine-Tuning weight: the target's probability under the base (`"base"`), under the predicted
             temperature (`"scaled"`), or none (`"off"`).
+        control_loss_weight (`float`, *optional*, defaults to 0.0):
+            What the ranking loss of prompts with commands weighs beside the decoding loss (AutoDeco, section 3.3); at 0
+            commands are ignored. Above 0, data needs `prompt` and `completion` with `low_prompt` and `high_prompt`, or
+            `control_commands`.
+        control_temperature_margin (`float`, *optional*, defaults to 0.1):
+            How much lower (higher) the mean temperature has to be under a low-diversity (high-diversity) command. The
+            paper names no margin.
+        control_top_p_margin (`float`, *optional*, defaults to 0.02):
+            The same of top-p.
+        control_commands ([`CommandSet`], `dict` or `str`, *optional*):
+            Commands to make `low_prompt` and `high_prompt` with, where the data has none of its own:
+            `{"low": [...], "high": [...]}`, or `"diversity"` for the library's. Drawn by `seed`.
         chat_template_kwargs (`dict`, *optional*):
             Passed to the chat template of conversational data.
         dataset_num_proc (`int`, *optional*):
             Processes that tokenise.
     """
+
+    # On a command line these are JSON.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "control_commands", "chat_template_kwargs"]
 
     max_length: int | None = field(default=2048, metadata={"help": "Cut longer examples at the end."})
     loss_type: str = field(default="end_to_end", metadata={"help": "end_to_end or two_loss."})
@@ -56,6 +73,12 @@ class AutoDecoTrainingArguments(TrainingArguments):
     easy_token_mask_ratio: float = field(default=0.6, metadata={"help": "Fraction of easy positions to drop."})
     easy_token_mask_target: str = field(default="both", metadata={"help": "both or temperature."})
     dft_weight: str = field(default="base", metadata={"help": "base, scaled or off."})
+    control_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the ranking loss of commands."})
+    control_temperature_margin: float = field(default=0.1, metadata={"help": "Least difference of the mean T."})
+    control_top_p_margin: float = field(default=0.02, metadata={"help": "Least difference of the mean top-p."})
+    control_commands: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Commands as JSON with the keys low and high, or diversity."}
+    )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Passed to the chat template."}
     )
@@ -69,6 +92,16 @@ class AutoDecoTrainingArguments(TrainingArguments):
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` is {self.max_length}; it has to be at least 2, or None for no limit.")
         self.loss_config()  # raises for a bad loss option now, not at the first step
+        self.ranking_config()
+        if self.control_commands is not None:
+            if self.control_loss_weight == 0:
+                raise ValueError(
+                    "`control_commands` is set and `control_loss_weight` is 0; set it above 0 to use them."
+                )
+            # As plain lists, so that the arguments can be written as JSON.
+            self.control_commands = {
+                name: list(commands) for name, commands in vars(CommandSet.read(self.control_commands)).items()
+            }
 
     def loss_config(self, training: bool = True) -> DecodingLossConfig:
         """The loss's options; in evaluation no easy token is dropped, so that the number is the same every time."""
@@ -78,6 +111,14 @@ class AutoDecoTrainingArguments(TrainingArguments):
             dft_weight=self.dft_weight,
             easy_token_mask_ratio=self.easy_token_mask_ratio if training else 0.0,
             easy_token_mask_target=self.easy_token_mask_target,
+        )
+
+    def ranking_config(self) -> RankingLossConfig:
+        """The margins and the weight of the ranking loss."""
+        return RankingLossConfig(
+            temperature_margin=self.control_temperature_margin,
+            top_p_margin=self.control_top_p_margin,
+            weight=self.control_loss_weight,
         )
 
     @classmethod

@@ -1,4 +1,6 @@
-"""Turns TRL's data formats into token ids and labels on completions alone; knows tokenizers, no model and no loss."""
+"""Turns TRL's data formats into token ids and labels on completions alone, and prompts with commands into versions of
+the same example; knows tokenizers, no model and no loss.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,10 @@ import torch
 
 from ..errors import AdaptiveDecodeError
 from ..losses import IGNORE_INDEX
+from .control import DIRECTIONS, CommandSet, with_commands
 
 Example = dict[str, Any]
+_COMMANDS = tuple(f"{name}_{what}" for name in DIRECTIONS for what in ("prompt", "prompt_ids"))
 _FORMATS = "`input_ids` (with `labels`), `prompt` and `completion`, `messages`, or `text`"
 
 
@@ -24,6 +28,7 @@ def tokenized(
     max_length: int | None,
     chat_template_kwargs: dict[str, Any] | None = None,
     num_proc: int | None = None,
+    versions: bool = False,
 ) -> Any:
     """
     A data set with `input_ids` and `labels` (−100 on everything but completions).
@@ -35,6 +40,8 @@ def tokenized(
         max_length (`int`, *optional*): Longer examples are cut at the end.
         chat_template_kwargs (`dict`, *optional*): For the chat template.
         num_proc (`int`, *optional*): Processes to tokenise with.
+        versions (`bool`): Whether to also tokenise `low_prompt` and `high_prompt`, the prompt with commands, to
+            `low_prompt_ids` and `high_prompt_ids`; empty where a row has none.
 
     Raises:
         [`DataFormatError`]: If the columns fit no format, or no example has a completion within `max_length`.
@@ -43,19 +50,82 @@ def tokenized(
         rows = list(dataset)
         if not rows:
             raise DataFormatError("the data set is empty.")
-        read = _reader(sorted(rows[0]), tokenizer, chat_template_kwargs or {})
+        read = _reader(column_names(rows), tokenizer, chat_template_kwargs or {}, versions)
         kept = [cut for row in rows if _teaches(cut := _cut(read(row), max_length))]
         return _not_empty(kept, max_length)
-    columns = dataset.column_names or sorted(next(iter(dataset)))
-    read = _reader(columns, tokenizer, chat_template_kwargs or {})
+    columns = column_names(dataset)
+    read = _reader(columns, tokenizer, chat_template_kwargs or {}, versions)
     how = {"num_proc": num_proc, "desc": "Tokenising"} if hasattr(dataset, "num_rows") else {}
-    prepared = dataset.map(lambda row: _cut(read(row), max_length), remove_columns=columns, **how)
+    typed = {"features": _version_features()} if versions else {}
+    prepared = dataset.map(lambda row: _cut(read(row), max_length), remove_columns=columns, **typed, **how)
     how = {"num_proc": num_proc, "desc": "Dropping examples without a completion"} if how else {}
     prepared = prepared.filter(_teaches, **how)
     return _not_empty(prepared, max_length) if how else prepared
 
 
-def _reader(columns: list[str], tokenizer: Any, template: dict[str, Any]) -> Callable[[Example], Example]:
+def _version_features() -> Any:
+    # Types are otherwise taken from the first rows, and if none of these has a command they say nothing.
+    from datasets import Features, Sequence, Value
+
+    names = ("input_ids", "labels", *(f"{name}_prompt_ids" for name in DIRECTIONS))
+    return Features({name: Sequence(Value("int64")) for name in names})
+
+
+def column_names(dataset: Any) -> list[str]:
+    """The columns of a data set of any kind; of a stream or a sequence, those of its first row."""
+    known = dataset.column_names if hasattr(dataset, "map") else None
+    return list(known or sorted(next(iter(dataset))))
+
+
+def has_commands(columns: Sequence[str]) -> bool:
+    """Whether there is a prompt with a command among the columns."""
+    return not set(_COMMANDS).isdisjoint(columns)
+
+
+def commanded(dataset: Any, commands: CommandSet, seed: int) -> Any:
+    """
+    The data set with `low_prompt` and `high_prompt`, made from its `prompt` unless it has its own.
+
+    Raises:
+        [`DataFormatError`]: If there is no `prompt` to make them from.
+    """
+    columns = column_names(dataset)
+    if has_commands(columns):
+        return dataset
+    if "prompt" not in columns:
+        raise DataFormatError(f"the data set has the columns {columns}; commands are put behind a `prompt`.")
+    return with_commands(dataset, commands, seed)
+
+
+def _reader(
+    columns: list[str], tokenizer: Any, template: dict[str, Any], versions: bool
+) -> Callable[[Example], Example]:
+    read = _baseline_reader(columns, tokenizer, template)
+    if not versions:
+        return read
+    if not has_commands(columns) or not ("input_ids" in columns or {"prompt", "completion"} <= set(columns)):
+        raise DataFormatError(
+            f"the data set has the columns {columns}; to learn commands it needs `prompt` and `completion` with "
+            "`low_prompt` and `high_prompt`, or set `control_commands` to have those made from `prompt`."
+        )
+
+    def read_versions(row: Example) -> Example:
+        heads = {f"{name}_prompt_ids": _version_ids(row, name, tokenizer, template) for name in DIRECTIONS}
+        return {**read(row), **heads}
+
+    return read_versions
+
+
+def _version_ids(row: Example, name: str, tokenizer: Any, template: dict[str, Any]) -> list[int]:
+    ids, prompt = row.get(f"{name}_prompt_ids"), row.get(f"{name}_prompt")
+    if ids is not None or prompt is None:
+        return list(ids or [])
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return _chat(prompt, tokenizer, template, add_generation_prompt=True)
+
+
+def _baseline_reader(columns: list[str], tokenizer: Any, template: dict[str, Any]) -> Callable[[Example], Example]:
     if "input_ids" in columns:
         return lambda row: {
             "input_ids": list(row["input_ids"]),
@@ -125,7 +195,8 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def _cut(example: Example, max_length: int | None) -> Example:
-    return example if max_length is None else {name: ids[:max_length] for name, ids in example.items()}
+    # The completion is cut, and then stands as it is behind each version's prompt, however long a command is.
+    return {name: ids[:max_length] if name in ("input_ids", "labels") else ids for name, ids in example.items()}
 
 
 def _teaches(example: Example) -> bool:
@@ -143,6 +214,10 @@ class DecodingDataCollator:
     """
     Pads `input_ids` and `labels` on the right and adds the `attention_mask`.
 
+    Examples with `low_prompt_ids` and `high_prompt_ids` also give `low_input_ids`, `low_labels` and
+    `low_attention_mask`, and the same for `high`: the example's completion behind another prompt. A row without that
+    prompt is all padding there.
+
     Args:
         pad_token_id (`int`): Fills `input_ids`; masked out, so any id of the vocabulary serves.
     """
@@ -152,10 +227,19 @@ class DecodingDataCollator:
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """List of examples → `torch.long` tensors of shape `[B, L]`."""
+        batch = self._padded(examples)
+        for name in DIRECTIONS:
+            if f"{name}_prompt_ids" in examples[0]:
+                version = self._padded([_version(example, f"{name}_prompt_ids") for example in examples])
+                batch |= {f"{name}_{column}": tensor for column, tensor in version.items()}
+        return batch
+
+    def _padded(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         longest = max(len(example["input_ids"]) for example in examples)
 
         def padded(name: str, fill: int) -> torch.Tensor:
-            return torch.tensor([list(e[name]) + [fill] * (longest - len(e[name])) for e in examples])
+            rows = [list(e[name]) + [fill] * (longest - len(e[name])) for e in examples]
+            return torch.tensor(rows, dtype=torch.long)
 
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         return {
@@ -163,3 +247,12 @@ class DecodingDataCollator:
             "labels": padded("labels", IGNORE_INDEX),
             "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
         }
+
+
+def _version(example: Example, prompt: str) -> Example:
+    """The example's completion behind the prompt of that column."""
+    head = list(example[prompt])
+    if not head:
+        return {"input_ids": [], "labels": []}
+    completion = [label for label in example["labels"] if label != IGNORE_INDEX]
+    return {"input_ids": head + completion, "labels": [IGNORE_INDEX] * len(head) + completion}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..engines.rollout import Decisions
 from ..policies.action_policy import ActionPolicy
 from .rollouts import Rollout
 
@@ -21,7 +22,9 @@ def rollout_metrics(rollout: Rollout, names: list[str], policy: ActionPolicy) ->
     Each comes with its weight among those of other batches, which so may be of any size.
 
     `objective` is what B samples are worth, with `objective/B=4` for prompts with that B; `action/2` the part of the
-    decisions that took action 2; `kept_fraction` the part of the prompts that are learned from.
+    decisions that took action 2, and `action/2/coin` that on prompts whose column `type` is `coin` (`/cot` and
+    `/direct` where some prompts ask for a chain of thought); `kept_fraction` the part of the prompts that are learned
+    from.
     """
     total = rollout.table[np.isfinite(rollout.table)]
     found = {
@@ -44,7 +47,26 @@ def rollout_metrics(rollout: Rollout, names: list[str], policy: ActionPolicy) ->
         found["decisions_per_completion"] = (len(taken) / len(rollout.completions), float(len(rollout.completions)))
         counts = torch.bincount(taken, minlength=len(policy.config.actions or [])).tolist()
         found |= {f"action/{action}": (count / len(taken), len(taken)) for action, count in enumerate(counts)}
+        found |= _by_prompt_type(rollout, rollout.decisions, len(counts))
     return found | {name: (value, len(rollout.completions)) for name, value in rollout.rewards.metrics.items()}
+
+
+def _by_prompt_type(rollout: Rollout, decisions: Decisions, actions: int) -> dict[str, Mean]:
+    """Each action's part of the decisions on each type of prompt, where there are several types."""
+    samples = rollout.table.shape[1]
+    row = decisions.row.cpu().numpy() // samples
+    taken = decisions.action.cpu().numpy()
+    found: dict[str, Mean] = {}
+    columns = [[str(item["columns"].get("type", "")) for item in rollout.items]]
+    columns.append(["cot" if draw.with_cot else "direct" for draw in rollout.draws])
+    for column in map(np.array, columns):
+        kinds = np.unique(column).tolist()
+        for kind in kinds if len(kinds) > 1 else ():
+            own = taken[column[row] == kind]
+            if len(own):
+                shares = np.bincount(own, minlength=actions) / len(own)
+                found |= {f"action/{action}/{kind}": (float(share), len(own)) for action, share in enumerate(shares)}
+    return found
 
 
 def write_completions(rollout: Rollout, names: list[str], path: Path) -> None:

@@ -17,7 +17,8 @@ from ..projection import FrozenProjection
 from ..types import DecodeState
 from .arguments import AutoDecoTrainingArguments
 from .checkpoints import AdapterTrainer
-from .data import DecodingDataCollator, tokenized
+from .control import CommandSet, ControlOutput, control_loss, count_pairs, of_baseline
+from .data import DecodingDataCollator, column_names, commanded, has_commands, tokenized
 
 _SUMS = ("temperature", "temperature_square", "top_p", "top_p_square", "temperature_loss", "top_p_loss")
 
@@ -40,6 +41,11 @@ class AutoDecoTrainer(AdapterTrainer):
         kwargs: As [`~transformers.Trainer`] takes them.
 
     Logged beside the loss: mean and spread of T and P, both cross entropies, and the fraction of positions kept.
+
+    With `control_loss_weight` above 0 it also learns from prompts with commands (section 3.3): each example's
+    completion is read behind its prompt, behind one that asks for less diversity and behind one that asks for more, and
+    a ranking loss keeps the mean T and P over it in that order. The decoding loss stays that of the prompts without
+    commands. Logged with it: `control_loss`, and the mean T and P under `low`, `base` and `high`.
     """
 
     def __init__(
@@ -62,18 +68,12 @@ class AutoDecoTrainer(AdapterTrainer):
         base: PreTrainedModel = model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base.config.name_or_path)
-        prepare = {
-            "tokenizer": processing_class,
-            "max_length": args.max_length,
-            "chat_template_kwargs": args.chat_template_kwargs,
-            "num_proc": args.dataset_num_proc,
-        }
         if train_dataset is not None:
-            train_dataset = tokenized(train_dataset, **prepare)
+            train_dataset = _prepared(train_dataset, processing_class, args)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: tokenized(part, **prepare) for name, part in eval_dataset.items()}
+            eval_dataset = {name: _prepared(part, processing_class, args, True) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = tokenized(eval_dataset, **prepare)
+            eval_dataset = _prepared(eval_dataset, processing_class, args, True)
         kwargs.setdefault("data_collator", DecodingDataCollator(processing_class.pad_token_id or 0))
         super().__init__(
             model=base,
@@ -86,6 +86,7 @@ class AutoDecoTrainer(AdapterTrainer):
         # The loss divides by the step's number of targets, which makes accumulation exact.
         self.model_accepts_loss_kwargs = True
         self._projection = FrozenProjection(base)
+        self._pairs_of_step = 1
         self._sums: dict[str, dict[str, Any]] = {mode: defaultdict(float) for mode in ("train", "eval")}
 
     def compute_loss(
@@ -95,20 +96,36 @@ class AutoDecoTrainer(AdapterTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
-        """The decoding loss of a padded batch; the model's own outputs are never made."""
+        """
+        The decoding loss of a padded batch, and the ranking loss where it has commands; the model's own outputs are
+        never made.
+        """
+        args, mode = cast(AutoDecoTrainingArguments, self.args), "train" if model.training else "eval"
+        ranking = args.ranking_config()
         # The output layer then runs in the precision of the rest of the model; the heads keep to fp32 by themselves.
         with self.accelerator.autocast():
-            output = self._decoding_loss(model, inputs, num_items_in_batch)
-        self._remember(output, "train" if model.training else "eval")
-        return (output.loss, {}) if return_outputs else output.loss
+            hidden = self._projection.hidden_states(**of_baseline(inputs))
+            output = self._decoding_loss(model, inputs, hidden, num_items_in_batch)
+            loss = output.loss
+            if ranking.weight > 0 and "low_labels" in inputs:
+                policy = cast(AutoDecoForCausalLM, model).decoding_adapter
+                pairs = None if num_items_in_batch is None else self._pairs_of_step
+                control = control_loss(policy, self._projection, inputs, hidden, ranking, pairs)
+                self._remember_control(control, mode)
+                loss = loss + ranking.weight * control.ranking.loss
+        self._remember(output, mode)
+        return (loss, {}) if return_outputs else loss
 
     def _decoding_loss(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items: torch.Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        hidden: torch.Tensor,
+        num_items: torch.Tensor | int | None,
     ) -> DecodingLossOutput:
         policy = cast(AutoDecoForCausalLM, model).decoding_adapter
         input_ids, labels = inputs["input_ids"], inputs["labels"]
-        passed = {name: value for name, value in inputs.items() if name != "labels"}
-        hidden = self._projection.hidden_states(**passed)[:, :-1]
+        hidden = hidden[:, :-1]
         targets = labels[:, 1:]
         uniform = None
         args = cast(AutoDecoTrainingArguments, self.args)
@@ -135,6 +152,7 @@ class AutoDecoTrainer(AdapterTrainer):
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
     ) -> torch.Tensor | int | None:
         """Targets of the whole optimiser step; a row's first token is predicted from nothing and does not count."""
+        self._pairs_of_step = max(sum(map(count_pairs, batch_samples)), 1)
         count = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batch_samples)
         return max(count, 1)
 
@@ -144,6 +162,17 @@ class AutoDecoTrainer(AdapterTrainer):
         sums["valid"] += output.n_valid
         for name in _SUMS:
             sums[name] = sums[name] + vars(output)[f"{name}_sum"]
+
+    def _remember_control(self, output: ControlOutput, mode: str) -> None:
+        sums = self._sums[mode]
+        sums["pairs"] += output.ranking.n_pairs
+        sums["control_loss"] = sums["control_loss"] + output.ranking.loss_sum.double()
+        for version, means in output.means.items():
+            sums[f"rows_{version}"] += int(means.present.sum())
+            for name in ("temperature", "top_p"):
+                mean = vars(means)[name]
+                if mean is not None:
+                    sums[f"control_{name}_{version}"] = sums[f"control_{name}_{version}"] + mean.detach().double().sum()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what the policy predicted since the last log."""
@@ -161,4 +190,19 @@ class AutoDecoTrainer(AdapterTrainer):
             for name in ("temperature_loss", "top_p_loss"):
                 logs[f"{prefix}{name}"] = float(sums[name]) / kept
             logs[f"{prefix}kept_fraction"] = kept / sums["valid"]
+        if sums["pairs"]:
+            logs[f"{prefix}control_loss"] = float(sums["control_loss"]) / sums["pairs"]
+            for name in [name for name in sums if name.startswith(("control_temperature_", "control_top_p_"))]:
+                logs[f"{prefix}{name}"] = float(sums[name]) / max(sums[f"rows_{name.rpartition('_')[2]}"], 1)
         super().log(logs, *args, **kwargs)
+
+
+def _prepared(dataset: Any, tokenizer: Any, args: AutoDecoTrainingArguments, is_eval: bool = False) -> Any:
+    """The data set tokenised; with commands if they count, though evaluation data may do without any."""
+    versions = args.control_loss_weight > 0
+    if versions and args.control_commands is not None:
+        dataset = commanded(dataset, CommandSet.read(args.control_commands), args.seed)
+    elif versions and is_eval:
+        versions = has_commands(column_names(dataset))
+    template = cast(dict[str, Any] | None, args.chat_template_kwargs)
+    return tokenized(dataset, tokenizer, args.max_length, template, args.dataset_num_proc, versions=versions)

@@ -1,0 +1,109 @@
+"""`hf-adaptive-decode evaluate`: adapters beside every baseline, with a verdict; knows no metric itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .adapters import load_for_adapter
+from .pictures import has_pictures, write_gains
+from .tasks import add_eval_task_arguments, add_model_arguments, load_tasks, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, its adapters, the tasks, how much to sample, and what to compare with."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="folder or Hub id of an adapter; repeat it for several, with the same NAME for training seeds of one",
+    )
+    parser.add_argument(
+        "--rival", action="append", default=[], metavar="[NAME=]DIR", help="another one to subtract, such as a twin"
+    )
+    add_model_arguments(parser)
+    # So that an adapter's own base model is told from one that was asked for.
+    parser.set_defaults(model=None)
+    add_eval_task_arguments(parser)
+    parser.add_argument("--samples", type=positive, default=8, help="completions of each problem and seed")
+    parser.add_argument(
+        "--k", type=positive, nargs="+", help="for which k: pass@k and maj@k; by default 1 and --samples"
+    )
+    parser.add_argument("--token-budget", type=positive, nargs="+", default=[256], help="new tokens, one or several")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws --samples completions of its own")
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        metavar="NAME",
+        help="by default the standard ones; `fair` for all that are chosen on validation problems, or names: greedy, "
+        "default, mean_shift, best_static, mixture, masked_static, shuffle, shuffle_in_bins, temperature_only, "
+        "top_p_only, edt, dynatemp, min_p, turn, expert_search, top_of_pool, oracle_static, expert_search_oracle",
+    )
+    parser.add_argument("--batch-rows", type=positive, default=256, help="sequences decoded at once")
+    parser.add_argument("--output", default="evaluation", metavar="DIR", help="completions, results and plots; resumed")
+    parser.add_argument(
+        "--update-cards", action="store_true", help="write results and verdict into the cards of local adapters"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates, prints tables and verdicts, writes files; returns the lines of `results.jsonl`."""
+    from transformers import logging
+
+    from ..evaluation import EVERY_FAIR, STANDARD, evaluate_decoding
+
+    logging.set_verbosity_error()
+    adapters, rivals = _by_name(args.adapter), _by_name(args.rival)
+    model, tokenizer = load_for_adapter(args, next((group[0] for group in adapters.values()), None))
+    baselines = STANDARD if args.baselines is None else EVERY_FAIR if args.baselines == ["fair"] else args.baselines
+    found = evaluate_decoding(
+        model,
+        tokenizer,
+        load_tasks(args),
+        adapters,
+        baselines=baselines,
+        rivals=rivals,
+        samples=args.samples,
+        ks=args.k,
+        token_budgets=args.token_budget,
+        seeds=args.seeds,
+        folder=args.output,
+        batch_rows=args.batch_rows,
+    )
+    files = [str(Path(args.output, name)) for name in ("completions.jsonl", "results.jsonl")]
+    files += write_gains(found.measures, Path(args.output)) if has_pictures() else []
+    if args.update_cards:
+        _update_cards(found, adapters)
+    say = sys.stderr if args.json == "-" else sys.stdout
+    print(f"\nIn per cent with 95 % intervals over problems; gains are paired by problem.\n\n{found.table()}", file=say)
+    if found.verdicts:
+        print(f"\n{found.summary()}", file=say)
+    print(f"\nWritten: {', '.join(files)}", file=say)
+    return {"lines": found.lines, "files": files}
+
+
+def _by_name(given: Sequence[str]) -> dict[str, list[str]]:
+    """Folders by name; without one, the last part of the folder is it."""
+    found: dict[str, list[str]] = {}
+    for one in given:
+        name, mark, folder = one.partition("=")
+        if not mark:
+            name, folder = Path(one).name, one
+        if not name or not folder:
+            raise ValueError(f"{one!r} has to be a folder or Hub id of an adapter, or NAME=FOLDER.")
+        found.setdefault(name, []).append(folder)
+    return found
+
+
+def _update_cards(found: Any, adapters: dict[str, list[str]]) -> None:
+    from ..hub.card import add_results
+
+    for name, folders in adapters.items():
+        lines = [line for line in found.lines if line["kind"] == "provenance" or line["adapter"] == name]
+        for folder in folders:
+            if Path(folder).is_dir():
+                add_results(folder, lines)

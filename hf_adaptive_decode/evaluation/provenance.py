@@ -1,0 +1,70 @@
+"""Where numbers come from: versions, commit, command and hardware; knows no model and no task."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "datasets", "trl", "peft", "vllm")
+
+
+def environment() -> dict[str, str]:
+    """Versions of this library, Python and the packages that matter, the platform and the number of cores."""
+    facts = {"hf_adaptive_decode": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    facts["cores"] = str(os.cpu_count())
+    for package in _PACKAGES:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    return facts
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """
+    The line that a file of results begins with.
+
+    Args:
+        facts: Whatever else belongs there, of JSON's types.
+    """
+    import torch
+
+    versions = environment()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    hardware = {"machine": versions.pop("platform"), "cores": versions.pop("cores"), "gpu": gpu}
+    return {
+        "kind": "provenance",
+        "format": 1,
+        "library": __version__,
+        "versions": versions,
+        "commit": _commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "hardware": {**hardware, "threads": torch.get_num_threads()},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        **facts,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the library's own checkout, with `+changes` if files differ from it; `None` where there is none."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        head = _git(here, "rev-parse", "HEAD")
+        return f"{head}+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else head
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603

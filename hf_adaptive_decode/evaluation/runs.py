@@ -1,0 +1,256 @@
+"""Decoders on the problems of one task, every completion kept on disk as it is made; knows no baselines or tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..engines.base import Completion
+from ..engines.transformers import complete_batches, is_greedy
+from .digests import model_digest, policy_digest, rows_digest
+from .lines import AppendedLines
+from .runner import Decoder, score_rows
+from .tasks import Task
+
+Row = Mapping[str, Any]
+# Added to the seed, so that nothing is chosen by the draws that it is then judged by.
+_SHIFTS = {"validation": 1, "test": 2}
+
+
+class CompletionStore:
+    """
+    Scored completions by run and place, in memory and, if there is a file, on disk.
+
+    Args:
+        file ([`AppendedLines`], *optional*): Holds a line for each run and one for each of its completions.
+    """
+
+    def __init__(self, file: AppendedLines | None = None) -> None:
+        self._file = file
+        self._runs: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
+        for line in file.found if file is not None else ():
+            run = self._runs.setdefault(line["run"], {})
+            if "problem" in line:
+                run[line["problem"], line["sample"]] = _without_text(line)
+
+    def run(self, facts: Mapping[str, Any], decoder: str) -> str:
+        """The short name of the run that `facts` describe, which is begun if it is new; `decoder` is for readers."""
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        if name not in self._runs:
+            self._runs[name] = {}
+            self._write([{"run": name, "decoder": decoder, **facts}])
+        return name
+
+    def done(self, run: str) -> dict[tuple[int, int], dict[str, Any]]:
+        """The completions of a run by `(problem, sample)`."""
+        return self._runs[run]
+
+    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Keeps the completions of a batch."""
+        for line in lines:
+            self._runs[line["run"]][line["problem"], line["sample"]] = _without_text(line)
+        self._write(lines)
+
+    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        if self._file is not None:
+            self._file.append(lines)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """
+    What a decoder wrote for the problems of one split under one budget: arrays of shape `[problems, samples]`.
+
+    Args:
+        reward (`np.ndarray`, `float64`): Rewards; 1 or more counts as right.
+        tokens (`np.ndarray`, `int64`): Lengths.
+        ended (`np.ndarray`, `bool`): Whether a completion ended by itself.
+        temperature, top_p (`np.ndarray`, `float64`): Means over a completion's tokens of what it was sampled with.
+        seconds (`np.ndarray`, `float64`): Each completion's share of its batch's time; NaN where it was cut from a
+            longer one.
+        answers (list of lists, *optional*): What each says, for voting.
+    """
+
+    reward: np.ndarray
+    tokens: np.ndarray
+    ended: np.ndarray
+    temperature: np.ndarray
+    top_p: np.ndarray
+    seconds: np.ndarray
+    answers: list[list[str | None]] | None
+
+
+class Runs:
+    """
+    Decoders on one task. What has been sampled once, now or by a run before, is not sampled again.
+
+    A completion depends on the decoder, the seed, the problem and the sample's number alone. So the batch size does not
+    matter, and more samples, problems, budgets or decoders add to what is there.
+
+    Args:
+        model, tokenizer: A base or adaptive model and its tokenizer.
+        task ([`Task`]): Problems and their reward.
+        samples (`int`): Completions of each problem and seed.
+        seeds (sequence of `int`): Each draws `samples` of its own; they count together.
+        token_budgets (sequence of `int`): New tokens. Decoders that know no budget are run at the longest and cut.
+        store ([`CompletionStore`], *optional*): Keeps completions.
+        batch_rows (`int`): Sequences decoded at once.
+        show_progress (`bool`): Whether to show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        task: Task,
+        *,
+        samples: int,
+        seeds: Sequence[int] = (0,),
+        token_budgets: Sequence[int] = (256,),
+        store: CompletionStore | None = None,
+        batch_rows: int = 256,
+        show_progress: bool = True,
+    ) -> None:
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.samples, self.seeds, self.token_budgets = samples, tuple(seeds), tuple(sorted(token_budgets))
+        self.store = store or CompletionStore()
+        self.batch_rows, self.show_progress = batch_rows, show_progress
+        self._facts = {"model": model_digest(model), "task": task.name, "reward": _name(task.reward)}
+        self._digests = {split: rows_digest(self.problems(split)) for split in ("validation", "test")}
+
+    def problems(self, split: str) -> Sequence[Row]:
+        """The rows of `"validation"` or `"test"`."""
+        return self.task.validation if split == "validation" else self.task.test
+
+    def sample(self, decoder: Decoder, split: str, token_budget: int, parallel_budget: int) -> Sampled:
+        """
+        A decoder's completions of a split, those of all seeds side by side.
+
+        Args:
+            decoder ([`Decoder`]): How to decode.
+            split (`str`): `"validation"` or `"test"`.
+            token_budget (`int`): One of `token_budgets`.
+            parallel_budget (`int`): B, as a policy that is told it hears.
+        """
+        told = () if decoder.policy is None else decoder.policy.config.budget_features
+        budgets = (token_budget,) if "tokens" in told else self.token_budgets
+        parallel = parallel_budget if "samples" in told else None
+        # Of problems in another number or order the completions would be others; of a longer list they are not.
+        facts = {**self._facts, "split": split, "problems": self._digests[split], **_identity(self.model, decoder)}
+        parts = []
+        for seed in self.seeds:
+            own = {**facts, "parallel_budget": parallel, "seed": seed}
+            runs = {budget: self.store.run({**own, "token_budget": budget}, decoder.name) for budget in budgets}
+            self._fill(decoder, split, runs, seed + _SHIFTS[split], parallel_budget)
+            parts.append(self.store.done(runs[token_budget]))
+        return self._gather(parts, len(self.problems(split)), is_greedy(decoder.settings))
+
+    def _fill(self, decoder: Decoder, split: str, runs: Mapping[int, str], seed: int, parallel: int) -> None:
+        """Samples what is missing of the runs, by budget, and scores it a batch at a time."""
+        problems = self.problems(split)
+        each = 1 if is_greedy(decoder.settings) else self.samples
+        places = [(index, sample) for index in range(len(problems)) for sample in range(each)]
+        wanted = [place for place in places if any(place not in self.store.done(run) for run in runs.values())]
+        if not wanted:
+            return
+        batches = complete_batches(
+            self.model,
+            self.tokenizer,
+            [row["prompt"] for row in problems],
+            wanted,
+            token_budget=max(runs),
+            parallel_budget=parallel,
+            settings=decoder.settings,
+            policy=decoder.policy,
+            seed=seed,
+            batch_rows=self.batch_rows,
+        )
+        name = f"{self.task.name}, {split}: {decoder.name}"
+        began = time.perf_counter()
+        with tqdm(total=len(wanted), desc=name, unit="row", disable=not self.show_progress, leave=False) as bar:
+            for batch in batches:
+                seconds = (time.perf_counter() - began) / len(batch)
+                for budget, run in runs.items():
+                    self.store.add(self._lines(run, problems, batch, budget, seconds))
+                bar.update(len(batch))
+                began = time.perf_counter()
+
+    def _lines(
+        self, run: str, problems: Sequence[Row], batch: Sequence[tuple[int, int, Completion]], budget: int, spent: float
+    ) -> list[dict[str, Any]]:
+        cut = [(index, sample, _cut(one, budget, self.tokenizer), one) for index, sample, one in batch]
+        rewards = score_rows([problems[index] for index, *_ in cut], [one for _, _, one, _ in cut], self.task.reward)
+        read = self.task.answer
+        return [
+            {
+                "run": run,
+                "problem": index,
+                "sample": sample,
+                "reward": float(reward),
+                "tokens": len(one.token_ids),
+                "ended": one.ended,
+                "temperature": _mean(one.temperature),
+                "top_p": _mean(one.top_p),
+                "seconds": round(spent, 6) if one is whole else None,
+                **({} if read is None else {"answer": read(one.text)}),
+                "text": one.text,
+            }
+            for (index, sample, one, whole), reward in zip(cut, rewards, strict=True)
+        ]
+
+    def _gather(
+        self, parts: Sequence[Mapping[tuple[int, int], dict[str, Any]]], problems: int, greedy: bool
+    ) -> Sampled:
+        places = [[(index, 0 if greedy else sample) for sample in range(self.samples)] for index in range(problems)]
+
+        def column(name: str, kind: type) -> np.ndarray:
+            rows = [[part[place][name] for part in parts for place in row] for row in places]
+            return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=kind)
+
+        answers = None
+        if self.task.answer is not None:
+            answers = [[part[place]["answer"] for part in parts for place in row] for row in places]
+        kinds: dict[str, type] = {"reward": float, "tokens": int, "ended": bool}
+        kinds |= {"temperature": float, "top_p": float, "seconds": float}
+        return Sampled(**{name: column(name, kind) for name, kind in kinds.items()}, answers=answers)
+
+
+def _without_text(line: dict[str, Any]) -> dict[str, Any]:
+    # Texts are for readers of the file; a large evaluation's would fill the memory.
+    return {name: value for name, value in line.items() if name != "text"}
+
+
+def _identity(model: PreTrainedModel, decoder: Decoder) -> dict[str, Any]:
+    """What makes a decoder that one and no other; its name does not."""
+    if decoder.policy is not None:
+        return {"policy": policy_digest(decoder.policy)}
+    if decoder.settings is not None:
+        return {"settings": {name: float(value) for name, value in decoder.settings.items()}}
+    raise ValueError(
+        f"{decoder.name!r} has neither settings nor a policy; pass `model.decoding_adapter` for a model's."
+    )
+
+
+def _cut(one: Completion, budget: int, tokenizer: Any) -> Completion:
+    """What a decoder that knows no budget would have written with a shorter one."""
+    if len(one.token_ids) <= budget:
+        return one
+    ids = one.token_ids[:budget]
+    rest = {name: None if (v := vars(one)[name]) is None else v[:budget] for name in ("temperature", "top_p", "action")}
+    return Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, ended=False, **rest)
+
+
+def _mean(values: np.ndarray | None) -> float | None:
+    return None if values is None or not len(values) else float(values.mean(dtype=np.float64))
+
+
+def _name(reward: Any) -> str:
+    return str(getattr(reward, "__name__", type(reward).__name__))

@@ -1,0 +1,1 @@
+"""Pages and figures made of plain numbers and texts; knows nothing of models, engines or tasks."""
