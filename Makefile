@@ -32,7 +32,7 @@ style: $(VENV)/.dev
 $(VENV)/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable .
+	$(PIP) --editable ".[viz]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core

@@ -4,11 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from hf_adaptive_decode import AutoDecoForCausalLM, __version__
+from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM, __version__
 from hf_adaptive_decode.cli.main import COMMANDS, main
+from hf_adaptive_decode.testbed import load_base_model
 
 
 def run(*words):
@@ -79,11 +82,74 @@ def test_the_demo_trains_compares_saves_and_reloads(tmp_path, capsys):
     words = ["demo", "--output", str(tmp_path / "out"), "--json", str(tmp_path / "demo.json"), "--steps", "6"]
     assert main([*words, *sizes, "--threads", "1"]) == 0
     printed = capsys.readouterr().out
-    for row in ("learned heads", "greedy", "default sampling", "MeanShift", "chosen on validation", "oracle"):
+    for row in ("learned heads", "greedy", "default sampling", "MeanShift", "best static", "shuffled", "oracle"):
         assert row in printed
+    assert "8 problems are too few to tell" in printed
     assert re.search(r"<eos>|\d +\d\.\d\d +\d\.\d\d", printed)
     result = json.loads((tmp_path / "demo.json").read_text())
-    assert result["problems"] == 8
-    assert {"pass@1", "pass@2"} <= set(result["rows"][0])
+    own = next(line for line in result["lines"] if line["kind"] == "measure")
+    assert own["problems"] == 8
+    assert {"pass@1", "pass@2"} <= set(own)
     assert result["environment"]["hf_adaptive_decode"] == __version__
     AutoDecoForCausalLM.from_pretrained(tmp_path / "out" / "adapter")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"trace.html", "gains.png", "generation.png", "training.png", "adapter", "evaluation"} <= names
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "8 problems are too few to tell" in card
+
+
+def evaluated(tmp_path, *words):
+    sizes = ["--validation-problems", "4", "--test-problems", "8", "--samples", "2", "--token-budget", "16"]
+    command = ["evaluate", "--output", str(tmp_path / "out"), "--threads", "1", *sizes, *words]
+    return main([*command, "--json", str(tmp_path / "result.json")])
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    for name, seed in (("one", 0), ("two", 1)):
+        torch.manual_seed(seed)
+        model = AutoDecoForCausalLM.from_base(load_base_model(), AutoDecoConfig(policy="heads"))
+        model.save_pretrained(tmp_path / name)
+    return [str(tmp_path / "one"), str(tmp_path / "two")]
+
+
+def test_adapters_are_evaluated_with_their_training_seeds_and_rivals(tmp_path, adapters, capsys):
+    first, second = adapters
+    words = ["--adapter", f"heads={first}", f"--adapter=heads={second}", "--rival", first, "--k", "1", "2"]
+    assert evaluated(tmp_path, *words, "--baselines", "greedy", "shuffle", "--update-cards") == 0
+    printed = capsys.readouterr().out
+    lines = json.loads((tmp_path / "result.json").read_text())["lines"]
+    roles = [line["role"] for line in lines if line["kind"] == "measure"]
+    assert {"adapter", "greedy", "default", "mean_shift", "best_static", "shuffle", "rival"} == set(roles)
+    own = next(line for line in lines if line["kind"] == "measure")
+    assert own["adapter"] == "heads"
+    assert len(own["by_training_seed"]["pass@1"]) == 2
+    assert "8 problems are too few to tell" in printed
+    assert (tmp_path / "out" / "gains.png").exists()
+    assert len((tmp_path / "out" / "completions.jsonl").read_text().splitlines()) > 100
+    for folder in adapters:
+        assert "8 problems are too few to tell" in Path(folder, "README.md").read_text()
+        AutoDecoForCausalLM.from_pretrained(folder)
+
+
+def test_a_base_model_is_evaluated_without_an_adapter_and_several_tasks_and_budgets(tmp_path, capsys):
+    words = ["--task", "testbed:calc", "testbed:run", "--baselines", "greedy", "best_static"]
+    assert evaluated(tmp_path, *words, "--token-budget", "8", "16") == 0
+    printed = capsys.readouterr().out
+    for title in ("testbed:calc, 8 tokens", "testbed:run, 16 tokens", "testbed:run, 8 and 16 tokens"):
+        assert title in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--baselines", "gredy"], "no baseline 'gredy'"),
+        (["--adapter", "heads="], "NAME=FOLDER"),
+        (["--adapter", "/nowhere/at/all"], "nowhere"),
+        (["--k", "3"], "from 1 to 2"),
+        (["--task", "nonsense"], "nonsense"),
+    ],
+)
+def test_a_wrong_evaluation_says_what_is_wrong(tmp_path, capsys, words, said):
+    assert evaluated(tmp_path, *words) == 1
+    assert said in capsys.readouterr().err

@@ -69,9 +69,9 @@ def demo_rows():
         ("learned heads", "adapter", None, 0.636, 0.965, None),
         ("greedy", "greedy", None, 0.488, 0.488, (0.148, 0.477)),
         ("default sampling (T=1)", "default", None, 0.396, 0.935, (0.241, 0.030)),
-        ("MeanShift (T=0.754, top-p 0.922)", "mean_shift", None, 0.470, 0.877, (0.166, 0.088)),
+        ("T=0.754, top-p 0.922", "mean_shift", None, 0.470, 0.877, (0.166, 0.088)),
         (
-            "best static for pass@1, chosen on validation (T=0.75, top-p 0.8)",
+            "T=0.75, top-p 0.8",
             "best_static",
             1,
             0.489,
@@ -79,7 +79,7 @@ def demo_rows():
             (0.147, 0.267),
         ),
         (
-            "best static for pass@8, chosen on validation (T=1.25, top-p 0.9)",
+            "T=1.25, top-p 0.9",
             "best_static",
             8,
             0.430,
@@ -215,6 +215,9 @@ CASES = {
     "accuracy at one budget": lambda s, path: plots.plot_accuracy_by_budget(demo_rows(), path),
     "accuracy by k": lambda s, path: plots.plot_accuracy_by_budget(demo_rows(), path, against="k"),
     "gains": lambda s, path: plots.plot_gains(demo_rows(), path),
+    "gains, of what was chosen for each k": lambda s, path: plots.plot_gains(
+        [{"decoder": LONG, "gain": {f"pass@{k}": interval(0.1 * k), "maj@8": interval(0.0)}} for k in (1, 2, 4)], path
+    ),
     "gains, one": lambda s, path: plots.plot_gains([{"decoder": "_x", "gain": {"pass@1": interval(0.0)}}], path),
     "gains, many of long names": lambda s, path: plots.plot_gains(
         [{"decoder": f"{LONG}{i}", "gain": {"maj@8": interval(i / 99 - 0.2)}} for i in range(24)], path
@@ -630,24 +633,44 @@ def test_accuracies_stand_in_bands_of_their_intervals(tmp_path, figures):
     np.testing.assert_allclose(np.ptp(band[band[:, 0] == 12][:, 1]), 6.0)
 
 
+def named(decoder, role, budget, for_k=None, adapter="heads", **metrics):
+    row = {"decoder": decoder, "role": role, "token_budget": budget, "for_k": for_k, "adapter": adapter}
+    return row | {f"{name}@{k}": interval(value) for name, values in metrics.items() for k, value in values.items()}
+
+
+def legend_names(figure):
+    return {text.get_text() for text in figure.legends[0].get_texts()}
+
+
 def test_a_best_static_for_each_budget_is_one_line_and_two_statics_are_two(tmp_path, figures):
-    best = [(12, "best static (greedy)"), (48, "best static (T=0.75)")]
-    rows = [
-        {"decoder": d, "role": "best_static", "for_k": 1, "token_budget": b, "pass@1": interval(0.4)} for b, d in best
-    ]
-    grid = [(12, "T=1"), (48, "T=1"), (12, "T=2"), (48, "T=2")]
-    rows += [
-        {"decoder": d, "role": "static", "for_k": None, "token_budget": b, "pass@1": interval(0.3)} for b, d in grid
-    ]
-    # Two adapters of one file have their own lines, and the baseline that both were compared with is one.
-    for adapter, accuracy in (("heads", 0.5), ("policy", 0.6)):
-        common = {"adapter": adapter, "token_budget": 12, "for_k": None}
-        rows.append({"decoder": "adapter", "role": "adapter", "pass@1": interval(accuracy), **common})
-        rows.append({"decoder": "greedy", "role": "greedy", "pass@1": interval(0.2), **common})
+    best = [(12, "greedy"), (48, "T=0.75")]
+    rows = [named(decoder, "best_static", budget, 1, **{"pass": {1: 0.4}}) for budget, decoder in best]
+    grid = itertools.product((12, 48), ("T=1", "T=2"))
+    rows += [named(decoder, "static", budget, **{"pass": {1: 0.3}}) for budget, decoder in grid]
+    rows.append(named("greedy", "greedy", None, **{"pass": {1: 0.9}}))  # over all budgets
     plots.plot_accuracy_by_budget(rows, tmp_path / "a.png")
-    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    wanted = ["best static for pass@1", "T=1", "T=2", "heads: adapter", "greedy", "policy: adapter"]
-    assert sorted(names) == sorted(wanted)
+    assert legend_names(figures[0]) == {"best static", "T=1", "T=2"}
+
+
+def test_of_several_adapters_each_has_its_lines_and_shares_what_is_the_same(tmp_path, figures):
+    rows = []
+    for adapter, accuracy in (("heads", 0.5), ("policy", 0.6)):
+        rows.append(named("adapter", "adapter", 12, adapter=adapter, **{"pass": {1: accuracy}}))
+        rows.append(named("greedy", "greedy", 12, adapter=adapter, **{"pass": {1: 0.2}}))
+    plots.plot_accuracy_by_budget(rows, tmp_path / "a.png")
+    assert legend_names(figures[0]) == {"heads: adapter", "policy: adapter", "greedy"}
+
+
+def test_a_best_static_for_each_k_is_one_line_against_k_or_one_for_each(tmp_path, figures):
+    one = [named("T=0.5", "best_static", 48, 1, **{"pass": {1: 0.4}})]
+    one += [named("T=1", "best_static", 48, 8, **{"pass": {8: 0.9}})]
+    plots.plot_accuracy_by_budget(one, tmp_path / "a.png", against="k")
+    np.testing.assert_allclose(curves(figures[0].axes[0])[style.COLORS[0]], [[1, 40], [8, 90]])
+    assert legend_names(figures[0]) == {"best static"}
+    both = [named("T=0.5", "best_static", 48, 1, **{"pass": {1: 0.4, 8: 0.6}})]
+    both += [named("T=1", "best_static", 48, 8, **{"pass": {1: 0.3, 8: 0.9}})]
+    plots.plot_accuracy_by_budget(both, tmp_path / "b.png", against="k")
+    assert legend_names(figures[1]) == {"best static for pass@1", "best static for pass@8"}
 
 
 def test_against_k_every_metric_of_the_kind_is_drawn(tmp_path, figures):
@@ -676,14 +699,23 @@ def test_gains_stand_beside_the_zero_line_and_are_filled_where_they_exclude_it(t
     assert marks[0].get_ydata()[0] > marks[1].get_ydata()[0]
     assert [text.get_text() for text in first.texts] == ["+10.0 [+5.0, +20.0]", "+1.0 [-2.0, +3.0]"]
     assert [text.get_text() for text in second.texts] == ["-20.0 [-23.0, -17.0]"]
+    assert [label.get_text() for label in second.get_yticklabels()] == ["unsure"]  # without a gap for the other
 
 
 def test_gains_of_several_runs_are_told_apart_by_what_differs(tmp_path, figures):
     shared = {"task": "testbed", "decoder": "greedy", "gain": {"pass@1": interval(0.1)}}
-    rows = [shared | {"token_budget": 12, "adapter": "heads"}, shared | {"token_budget": 48, "adapter": "heads"}]
+    rows = [shared | {"token_budget": 12, "adapter": "heads"}, shared | {"token_budget": None, "adapter": "heads"}]
     plots.plot_gains(rows, tmp_path / "a.png")
     names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
-    assert names == ["12 tokens: greedy", "48 tokens: greedy"]
+    assert names == ["12 tokens: greedy", "all budgets: greedy"]
+
+
+def test_gains_over_decoders_of_one_name_are_told_apart_by_their_role(tmp_path, figures):
+    chosen = [("greedy", None), ("static", 1), ("best_static", 1)]
+    rows = [named("greedy", role, 48, k) | {"gain": {"pass@1": interval(0.1)}} for role, k in chosen]
+    plots.plot_gains(rows, tmp_path / "a.png")
+    names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert names == ["greedy", "greedy, static for pass@1", "best static for pass@1 (greedy)"]
 
 
 def test_soft_and_hard_top_p_are_those_of_the_equations(tmp_path, figures):
@@ -736,7 +768,7 @@ BAD = {
     "no decoder": (lambda p: plots.plot_lengths({}, p), "`lengths_by_decoder` is {}"),
     "negative length": (lambda p: plots.plot_lengths({"a": [-3]}, p), r"`lengths_by_decoder\['a'\]` holds -3"),
     "length of NaN": (lambda p: plots.plot_lengths({"a": [np.nan]}, p), r"`lengths_by_decoder\['a'\]\[0\]` is nan"),
-    "no budget": (lambda p: plots.plot_lengths({"a": [1]}, p, token_budget=0), "`token_budget` is 0"),
+    "budget of no token": (lambda p: plots.plot_lengths({"a": [1]}, p, token_budget=0), "`token_budget` is 0"),
     "no token": (lambda p: plots.plot_tokens_by_action([], [], ["a"], p), r"`tokens` is \[\]"),
     "no bar": (lambda p: plots.plot_tokens_by_action(["a"], [0], ["a"], p, top=0), "`top` is 0"),
     "log of another trainer": (lambda p: plots.plot_action_training(losses(0.1), p), "`log_history` holds no entry"),
@@ -769,9 +801,9 @@ BAD = {
         lambda p: plots.plot_gains([{"decoder": "a", "gain": {"pass@1": GOOD | {"low": 0.9}}}], p),
         "`low` not above `high`",
     ),
-    "no budget of a row": (
+    "no budget": (
         lambda p: plots.plot_accuracy_by_budget([{"decoder": "a", "pass@1": GOOD}], p),
-        "'a' has None for its token_budget",
+        "no 'pass@1' at a `token_budget`",
     ),
     "budget of 0": (
         lambda p: plots.plot_accuracy_by_budget([budget_rows(1)[0] | {"token_budget": 0}], p),
@@ -779,7 +811,7 @@ BAD = {
     ),
     "two values": (
         lambda p: plots.plot_accuracy_by_budget([*budget_rows(1), budget_rows(1)[0] | {"pass@1": GOOD}], p),
-        "'decoder 0' twice at token_budget 256",
+        "'decoder 0' twice at 256",
     ),
     "two tasks": (
         lambda p: plots.plot_accuracy_by_budget([r | {"task": t} for t in "ab" for r in budget_rows()], p),

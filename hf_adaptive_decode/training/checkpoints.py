@@ -11,6 +11,8 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import sort_checkpoints
 
+from ..hub.card import add_training
+from ..hub.card_text import TrainingFacts
 from ..hub.store import WEIGHTS_FILE, load_into
 from ..modeling import AutoDecoForCausalLM
 
@@ -27,6 +29,18 @@ class AdapterTrainer(Trainer):
     """
 
     _is_staging = False
+
+    def objective(self) -> str | None:
+        """What is learned on, in words for the card."""
+        return None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the adapter, and says in its card how it was trained."""
+        super().save_model(output_dir, _internal_call)
+        # A checkpoint's card would be written at every save, and nobody reads it.
+        if self.args.should_save and not _internal_call:
+            facts = TrainingFacts(loss=self.objective(), steps=self.state.global_step, seed=self.args.seed)
+            add_training(str(output_dir or self.args.output_dir), facts)
 
     def save_extra_state(self, folder: Path) -> None:
         """Writes what the trainer keeps beyond the Trainer's own state; nothing by default."""

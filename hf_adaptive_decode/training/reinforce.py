@@ -137,6 +137,10 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
             self.train_dataset, kept = prefiltered(self._maker, self.train_dataset, args)
             self._note("train", {"prefilter/kept_fraction": (kept, 1.0)})
 
+    def objective(self) -> str:
+        """What is learned on, in words for the card."""
+        return f"REINFORCE on the reward's {self._settings.reward_aggregation}"
+
     @property
     def _settings(self) -> REINFORCEDecodingTrainingArguments:
         return cast(REINFORCEDecodingTrainingArguments, self.args)

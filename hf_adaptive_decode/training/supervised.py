@@ -89,6 +89,11 @@ class AutoDecoTrainer(AdapterTrainer):
         self._pairs_of_step = 1
         self._sums: dict[str, dict[str, Any]] = {mode: defaultdict(float) for mode in ("train", "eval")}
 
+    def objective(self) -> str:
+        """What is learned on, in words for the card."""
+        args = cast(AutoDecoTrainingArguments, self.args)
+        return f"soft top-p cross entropy ({args.loss_type}, DFT weight {args.dft_weight})"
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ Line = dict[float, Interval]  # by place
 
 _AGAINST = {"token_budget": "token budget [tokens]", "k": "k [samples]"}
 _NAMED_TICKS = 12
+_BESIDE = 2  # up to so many panels stand side by side
 _WIDE = 4  # places up to more than so many times the first stand on a logarithmic axis
 # What tells lines of several runs apart, beside the decoder.
 _RUN = (("task", "{}"), ("adapter", "{}"), ("token_budget", "{} tokens"))
@@ -27,13 +28,14 @@ def plot_accuracy_by_budget(
     """
     Draws accuracy against the token budget, or against k, for several decoders with 95 % bands, as a PNG.
 
-    Rows of one `role` (and one `for_k`) make one line even if their settings differ, as those of a best static for each
-    budget do; a role with several rows at one place makes a line for each decoder. Decoders of one name have lines of
-    their own where several adapters were measured and their values differ.
+    Rows of one `role` make one line even if their settings differ, as those of a best static for each budget do; a role
+    with several rows at one place makes a line for each `for_k`, or else for each decoder. Decoders of one name have
+    lines of their own where several adapters were measured and their values differ.
 
     Args:
         rows (sequence of mappings): Lines of one task of `results.jsonl`, of which those of kind `"measure"` count, or
             any mappings with `decoder`, `token_budget` and metrics as `{"mean", "low", "high"}`, fractions from 0 to 1.
+            Against the token budget, rows over several budgets (`None`) are passed over.
         path (`str`): The file to write.
         against (`str`, *optional*, defaults to `"token_budget"`): What stands below, or `"k"`, for rows of one budget.
         metric (`str`, *optional*, defaults to `"pass@1"`): What is drawn. Against k, all of its kind are: `pass@1`,
@@ -83,18 +85,24 @@ def plot_gains(rows: Sequence[Row], path: style.Path, metrics: Sequence[str] | N
     shown = known if metrics is None else list(metrics)
     if not shown or not set(shown) <= set(known):
         raise ValueError(f"`metrics` is {metrics!r}; the rows have gains in {known}.")
-    with style.figure(path, 2.6 + 3.6 * len(shown), 1.0) as drawn:
-        labels = [style.wrapped(name, 42) for name in _names(compared)]
-        heights = np.array([0.13 + 0.15 * (label.count("\n") + 1) for label in labels])
-        drawn.set_size_inches(drawn.get_figwidth(), 0.9 + heights.sum())
-        places = heights / 2 - np.cumsum(heights)
-        panels = drawn.subplots(1, len(shown), squeeze=False, sharey=True)[0]
-        for axes, name in zip(panels, shown, strict=True):
-            found = [_interval(row["decoder"], name, row["gain"].get(name)) for row in compared]
+    # Side by side if that leaves no gaps, else one below the other, each with its own rows.
+    beside = len(shown) <= _BESIDE and all(row["gain"].get(name) for row in compared for name in shown)
+    parts = [[row for row in compared if row["gain"].get(name)] for name in shown]
+    with style.figure(path, 2.6 + 3.6 * (len(shown) if beside else 1), 1.0) as drawn:
+        labels = [[style.wrapped(name, 42) for name in _names(part)] for part in parts]
+        heights = [np.array([0.13 + 0.15 * (label.count("\n") + 1) for label in part]) for part in labels]
+        totals = [part.sum() for part in heights]
+        drawn.set_size_inches(drawn.get_figwidth(), totals[0] + 0.9 if beside else sum(totals) + 0.7 * len(parts) + 0.2)
+        shape = {"ncols": len(parts), "sharey": True} if beside else {"nrows": len(parts), "height_ratios": totals}
+        panels = drawn.subplots(**shape, squeeze=False).flatten()
+        for number, (axes, name) in enumerate(zip(panels, shown, strict=True)):
+            places = heights[number] / 2 - np.cumsum(heights[number])
+            found = [_interval(row["decoder"], name, row["gain"][name]) for row in parts[number]]
             _draw_gains(axes, places, found)
             axes.set_xlabel(f"gain in {name} [points], 95 % intervals")
-        panels[0].set_yticks(places, labels)
-        panels[0].set_ylim(-heights.sum(), 0)
+            if number == 0 or not beside:
+                axes.set_yticks(places, labels[number])
+                axes.set_ylim(-totals[number], 0)
         marks = [panels[0].plot([], [], **_mark(sure))[0] for sure in (True, False)]
         style.legend_below(drawn, marks, ["interval excludes zero", "interval includes zero"])
 
@@ -111,12 +119,9 @@ def _draw_line(axes: Any, points: Line, aside: float, number: int) -> Any:
     return axes.plot(x, mean, **look)[0]
 
 
-def _draw_gains(axes: Any, places: np.ndarray, found: Sequence[Interval | None]) -> None:
+def _draw_gains(axes: Any, places: np.ndarray, found: Sequence[Interval]) -> None:
     axes.axvline(0.0, color="black", linewidth=1.0)
-    for place, interval in zip(places, found, strict=True):
-        if interval is None:
-            continue
-        mean, low, high = interval
+    for place, (mean, low, high) in zip(places, found, strict=True):
         sure = low > 0 or high < 0
         axes.plot([low, high], [place, place], color=_mark(sure)["color"], linewidth=1.6, solid_capstyle="butt")
         axes.plot([mean], [place], **_mark(sure))
@@ -154,6 +159,8 @@ def _measures(rows: Sequence[Row]) -> list[Row]:
 
 def _lines(rows: Sequence[Row], against: str, metric: str) -> dict[str, Line]:
     """Points of each line, in per cent, by its name."""
+    if against == "token_budget":
+        rows = [row for row in rows if row.get("token_budget") is not None]
     tasks = sorted({str(row.get("task")) for row in rows})
     budgets = sorted({str(row.get("token_budget")) for row in rows})
     for name, several in (("task", tasks), ("token_budget", budgets if against == "k" else [])):
@@ -161,32 +168,54 @@ def _lines(rows: Sequence[Row], against: str, metric: str) -> dict[str, Line]:
             raise ValueError(f"`rows` are of several values of `{name}`, {several}; give the rows of one.")
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        kind = (row["role"], row.get("for_k")) if "role" in row else (row["decoder"],)
-        groups[(row.get("adapter"), *kind)].append(row)
+        groups[(row.get("adapter"), row.get("role", row["decoder"]))].append(row)
     found: dict[str, dict[Any, Line]] = defaultdict(dict)
-    for (adapter, *_), group in groups.items():
-        # One decoder for each budget is one line of its role; several at one budget are lines of their own.
-        decoders = {(row["decoder"], row.get("token_budget")) for row in group}
-        of_role = len({budget for _, budget in decoders}) == len(decoders) and len({name for name, _ in decoders}) > 1
-        for row in group:
-            lines = found[_role(row) if of_role else row["decoder"]]
-            _add_points(lines.setdefault(adapter, {}), row, against, metric)
+    for (adapter, _), group in groups.items():
+        for name, own in _by_name(group, against, metric).items():
+            line = found[name].setdefault(adapter, {})
+            for row, key, place in _points(own, against, metric):
+                _add_point(line, row, key, place)
     named = {name: line for shown, lines in found.items() for name, line in _of_adapters(shown, lines).items() if line}
     if not named:
-        raise ValueError(f"`rows` holds no {metric!r}; `metric` has to be one that the rows have.")
+        where = " at a `token_budget`" if against == "token_budget" else ""
+        raise ValueError(f"`rows` holds no {metric!r}{where}; `metric` has to be one that the rows have.")
     return named
 
 
-def _add_points(points: Line, row: Row, against: str, metric: str) -> None:
-    for name in [metric] if against == "token_budget" else [key for key in row if key.startswith(_kind(metric))]:
-        interval = _interval(row["decoder"], name, row.get(name))
-        if interval is None:
-            continue
-        place = _place(row, name, against)
-        if points.setdefault(place, interval) != interval:
-            raise ValueError(
-                f"`rows` holds {row['decoder']!r} twice at {against} {place:g}, with different values; give one."
-            )
+def _by_name(group: Sequence[Row], against: str, metric: str) -> dict[str, list[Row]]:
+    """The rows of one role: one line if there is one decoder at each place, else one for each `for_k` or decoder."""
+    if len({_name(row) for row in group}) == 1:
+        return {_name(group[0]): list(group)}
+    if _one_at_each_place(group, against, metric):
+        return {_role(group[0]): list(group)}
+    by_k: dict[Any, list[Row]] = defaultdict(list)
+    for row in group:
+        by_k[row.get("for_k")].append(row)
+    if len(by_k) > 1 and all(_one_at_each_place(own, against, metric) for own in by_k.values()):
+        return {f"{_role(own[0])} for pass@{k}": own for k, own in by_k.items()}
+    by_decoder: dict[str, list[Row]] = defaultdict(list)
+    for row in group:
+        by_decoder[_name(row)].append(row)
+    return by_decoder
+
+
+def _one_at_each_place(rows: Sequence[Row], against: str, metric: str) -> bool:
+    at = [(_name(row), place) for row, _, place in _points(rows, against, metric)]
+    return len(set(at)) == len({place for _, place in at})
+
+
+def _points(rows: Sequence[Row], against: str, metric: str) -> Iterator[tuple[Row, str, float]]:
+    """Each row with each of its metrics that is drawn, and the place of that."""
+    for row in rows:
+        for key in [metric] if against == "token_budget" else [name for name in row if name.startswith(_kind(metric))]:
+            if row.get(key) is not None:
+                yield row, key, _place(row, key, against)
+
+
+def _add_point(line: Line, row: Row, key: str, place: float) -> None:
+    interval = _interval(row["decoder"], key, row[key])
+    if line.setdefault(place, interval) != interval:
+        raise ValueError(f"`rows` holds {row['decoder']!r} twice at {place:g}, with different values; give one.")
 
 
 def _of_adapters(name: str, lines: Mapping[Any, Line]) -> dict[str, Line]:
@@ -205,10 +234,8 @@ def _place(row: Row, name: str, against: str) -> float:
     return float(str(value))
 
 
-def _interval(decoder: str, name: str, value: Any) -> Interval | None:
-    """Mean, low and high in per cent, if there are."""
-    if value is None:
-        return None
+def _interval(decoder: str, name: str, value: Any) -> Interval:
+    """Mean, low and high in per cent."""
     mean, low, high = style.as_interval(f"{name} of {decoder}", value)
     return 100 * mean, 100 * low, 100 * high
 
@@ -218,8 +245,16 @@ def _kind(metric: str) -> str:
 
 
 def _role(row: Row) -> str:
-    words = str(row["role"]).replace("_", " ")
-    return words if row.get("for_k") is None else f"{words} for pass@{row['for_k']}"
+    return str(row["role"]).replace("_", " ")
+
+
+def _name(row: Row) -> str:
+    """What tables call the decoder."""
+    if "role" not in row:
+        return str(row["decoder"])
+    from ...evaluation.results import label
+
+    return label({"for_k": None, **row})
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
@@ -227,6 +262,13 @@ def _names(rows: Sequence[Row]) -> list[str]:
     varied = [(key, shape) for key, shape in _RUN if len({str(row.get(key)) for row in rows}) > 1]
     names = []
     for row in rows:
-        run = ", ".join(shape.format(row[key]) for key, shape in varied if row.get(key) is not None)
-        names.append(f"{run}: {row['decoder']}" if run else row["decoder"])
-    return names
+        run = ", ".join("all budgets" if row.get(key) is None else shape.format(row[key]) for key, shape in varied)
+        names.append(f"{run}: {_name(row)}" if run else _name(row))
+    seen = Counter(names)
+    return [_told_apart(name, row) if seen[name] > 1 else name for name, row in zip(names, rows, strict=True)]
+
+
+def _told_apart(name: str, row: Row) -> str:
+    details = [_role(row)] if "role" in row and _role(row) not in name else []
+    details += [f"for pass@{row['for_k']}"] if row.get("for_k") is not None else []
+    return f"{name}, {' '.join(details)}" if details else name
