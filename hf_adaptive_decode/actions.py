@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -205,6 +205,24 @@ def coverage_curve(rewards: ArrayLike, ks: Iterable[int] | None = None) -> dict[
         totals = _column_sums(np.maximum.accumulate(table[:, order], axis=1))
         curve[name] = [totals[k - 1] / len(table) for k in counts]
     return curve
+
+
+def describe(settings: Mapping[str, float]) -> str:
+    """
+    A sampling configuration in words, to three digits behind the point.
+
+    Example:
+
+    ```python
+    >>> describe({"temperature": 0.5, "top_p": 0.9}), describe({"temperature": 0.0})
+    ('T=0.5, top-p 0.9', 'greedy')
+    ```
+    """
+    values = {**_OFF, **{name: round(value, 3) for name, value in settings.items()}}
+    if values["temperature"] == 0:
+        return "greedy"
+    used = [name for name in ("top_p", "top_k", "min_p") if values[name] != _OFF[name]]
+    return ", ".join([f"T={values['temperature']:g}", *(f"{name.replace('_', '-')} {values[name]:g}" for name in used)])
 
 
 def _checked(action: object, name: str) -> dict[str, float]:

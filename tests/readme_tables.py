@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from hf_adaptive_decode.evaluation import Evaluation
@@ -90,15 +89,3 @@ def small_budgets() -> str:
         gains = [gain(result, role, 1, budget) for role in ("rival", "greedy", "best_static")]
         rows.append(["all three" if budget is None else f"{budget} tokens", *rates, *gains])
     return markdown_table(["", "told b_t", "twin", "over its twin", "over greedy", "over the best static"], rows)
-
-
-def demo() -> str:
-    """Every decoder of the demo, and the heads' gain over it."""
-    rows = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))["rows"]
-    metrics = [name for name in rows[0] if name.startswith("pass@")]
-    shown = []
-    for row in rows:
-        gains = [row.get(f"adapter_gain_{name}") for name in metrics]
-        signed = ["" if one is None else format_interval(one, sign=True) for one in gains]
-        shown.append([row["decoder"], *(format_interval(row[name]) for name in metrics), *signed])
-    return markdown_table(["decoder", *metrics, *(f"heads' gain at {name}" for name in metrics)], shown)

@@ -235,29 +235,26 @@ def test_commands_that_are_none_are_refused(bad):
         CommandSet.read(bad)
 
 
-@pytest.mark.parametrize("max_length", [None, 9])
+@pytest.mark.parametrize("kept", [8, 4, 1])
 @pytest.mark.parametrize("conversational", [False, True])
-def test_every_version_has_the_same_completion_even_where_it_is_cut(max_length, conversational):
+def test_every_version_has_the_same_completion_even_where_it_is_cut(kept, conversational):
     tokenizer = build_tokenizer(CHAT if conversational else None)
-    row = {"prompt": "w1 w2", "completion": " w3 w4 w5 w6 w7 w8 w9"}
+    row, prompt_length = {"prompt": "w1 w2", "completion": " w3 w4 w5 w6 w7 w8 w9"}, 2
     if conversational:
-        row = {
-            "prompt": [{"role": "user", "content": "w1 w2"}],
-            "completion": [{"role": "assistant", "content": "w3 w4 w5 w6 w7 w8 w9"}],
-        }
+        user, answer = {"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4 w5 w6 w7 w8 w9"}
+        row, prompt_length = {"prompt": [user], "completion": [answer]}, 5  # [user] w1 w2 [end] [assistant]
+    max_length = prompt_length + kept
     (example,) = tokenized(with_commands([row], SET), tokenizer, max_length, versions=True)
     batch = DecodingDataCollator(0)([example])
     said = [label for label in batch["labels"][0].tolist() if label != -100]
-    assert len(said) == (8 if max_length is None else 9 - len(example["input_ids"]) + len(said))
+    assert len(said) == kept
     for name in ("low", "high"):
         labels, ids = batch[f"{name}_labels"][0].tolist(), batch[f"{name}_input_ids"][0].tolist()
-        assert [label for label in labels if label != -100] == said
-        head = tokenizer.decode(ids[: labels.index(said[0])])
-        assert any(command in head for command in vars(SET)[name])
-        assert ids[labels.index(said[0]) :] == said
+        assert labels == [-100] * (len(ids) - kept) + said
+        assert ids[-kept:] == said
+        assert any(command in tokenizer.decode(ids[:-kept]) for command in vars(SET)[name])
         assert batch[f"{name}_attention_mask"].tolist() == [[1] * len(ids)]
-    again = tokenized([example], tokenizer, max_length, versions=True)
-    assert again == [example]
+    assert tokenized([example], tokenizer, max_length, versions=True) == [example]
 
 
 def test_rows_without_a_command_are_padding_there():
@@ -462,7 +459,7 @@ def test_training_puts_the_versions_in_order_and_logs_them(obedient):
     assert logged[-1]["control_loss"] < 0.5 * logged[0]["control_loss"]
     for name in ("temperature", "top_p"):
         low, base, high = (logged[-1][f"control_{name}_{version}"] for version in ("low", "base", "high"))
-        assert low < base < high, name
+        assert 0 < low < base < high < 2, name
     held_out = trainer.evaluate()
     assert held_out["eval_told_control_top_p_low"] < held_out["eval_told_control_top_p_high"]
     assert math.isfinite(held_out["eval_plain_control_loss"])
@@ -482,6 +479,21 @@ def test_data_without_commands_can_be_evaluated_on(tmp_path):
     found = trainer.evaluate()
     assert math.isfinite(found["eval_loss"])
     assert "eval_control_loss" not in found
+
+
+def test_an_evaluation_has_the_loss_of_its_batch_and_the_means_of_the_rows_with_commands(tmp_path):
+    model, rows = randomise_heads(wrap()), patchy_rows(8)
+    for row in rows[2:]:
+        row["low_prompt"] = row["high_prompt"] = None
+    args = arguments(tmp_path, control_loss_weight=2.0, control_temperature_margin=0.3, save_strategy="no")
+    found = []
+    for part in (rows, rows[:2]):
+        trainer = AutoDecoTrainer(model, args, eval_dataset=part, processing_class=build_tokenizer())
+        found.append(trainer.evaluate())
+        loss = trainer.compute_loss(model, trainer.data_collator(list(trainer.eval_dataset)))
+        assert found[-1]["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name in ("loss", "temperature_low", "temperature_base", "temperature_high", "top_p_base"):
+        assert found[0][f"eval_control_{name}"] == pytest.approx(found[1][f"eval_control_{name}"], abs=1e-5)
 
 
 def test_a_batch_whose_rows_have_no_command_has_the_decoding_loss_alone(tmp_path):

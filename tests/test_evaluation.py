@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny import build_base, make_heads_identity, wrap
 
 import hf_adaptive_decode.evaluation
+from hf_adaptive_decode.actions import describe
 from hf_adaptive_decode.engines.transformers import complete
 from hf_adaptive_decode.evaluation import (
     GREEDY,
@@ -25,7 +26,6 @@ from hf_adaptive_decode.evaluation import (
     pass_at_k,
     run_decoder,
 )
-from hf_adaptive_decode.evaluation.baselines import describe
 from hf_adaptive_decode.evaluation.likelihood import text_likelihood
 from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer, testbed_reward
 from hf_adaptive_decode.training.rejection import verified_completions

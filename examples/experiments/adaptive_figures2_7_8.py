@@ -10,7 +10,7 @@ from adaptive_sequence import policy as prompt_policy
 from adaptive_table5 import policy as token_policy
 from lab import Experiment, Lab, Outcome, Trained, main
 
-from hf_adaptive_decode.evaluation.baselines import describe
+from hf_adaptive_decode.actions import describe
 from hf_adaptive_decode.reports.plots import plot_action_training
 
 EXPERIMENT = Experiment(

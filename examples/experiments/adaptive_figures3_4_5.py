@@ -7,8 +7,8 @@ from adaptive_sequence import policy as prompt_policy
 from adaptive_table5 import policy as token_policy
 from lab import Experiment, Lab, Outcome, main
 
+from hf_adaptive_decode.actions import describe
 from hf_adaptive_decode.engines.transformers import complete
-from hf_adaptive_decode.evaluation.baselines import describe
 from hf_adaptive_decode.evaluation.tokens import token_table
 from hf_adaptive_decode.reports.plots import plot_entropy_by_action, plot_lengths, plot_tokens_by_action
 

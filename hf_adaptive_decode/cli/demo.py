@@ -39,10 +39,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
-    model, tokenizer, log = _train(args)
     output = Path(args.output)
-    model.save_pretrained(output / "adapter")
-    tokenizer.save_pretrained(output / "adapter")
+    model, tokenizer, log = _train(args, output / "adapter")
     found = evaluate_decoding(
         model,
         tokenizer,
@@ -80,8 +78,8 @@ def _pictures(found: Any, log: list[dict[str, Any]], output: Path) -> list[str]:
     return [*write_gains(found.measures, output), str(output / "training.png")]
 
 
-def _train(args: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """Samples verified solutions from the base model and trains a fresh adapter on them; also returns the log."""
+def _train(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Samples verified solutions from the base model, trains a fresh adapter on them and saves it; returns the log."""
     import torch
 
     from ..configuration import AutoDecoConfig
@@ -121,6 +119,7 @@ def _train(args: argparse.Namespace) -> tuple[Any, Any, list[dict[str, Any]]]:
     trainer = AutoDecoTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     model.eval()
+    trainer.save_model(str(folder))
     return model, tokenizer, trainer.state.log_history
 
 

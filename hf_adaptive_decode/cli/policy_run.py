@@ -131,8 +131,7 @@ def train_in(
     # Not before: a policy that always takes its likeliest action has nothing to learn from.
     policy.deterministic = policy.config.deterministic = adaptive.decoding_config.deterministic = deterministic
     adaptive.eval()
-    adaptive.save_pretrained(run.adapter)
-    tokenizer.save_pretrained(run.adapter)
+    trainer.save_model(str(run.adapter))
     run.finish(trainer.state.log_history)
     return policy
 
@@ -167,8 +166,8 @@ def static_rates(
     **how: Any,
 ) -> np.ndarray:
     """pass@B of each action alone, as the mean over problems and token budgets, `[parallel budgets, actions]`."""
+    from ..actions import describe
     from ..evaluation import Decoder, run_decoder
-    from ..evaluation.baselines import describe
 
     rates = []
     for action in actions:

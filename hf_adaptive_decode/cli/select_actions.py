@@ -151,7 +151,7 @@ def _check(fresh: Any, columns: list[int], result: dict[str, Any]) -> dict[str, 
 
 
 def _report(result: dict[str, Any], args: argparse.Namespace, candidates: int) -> str:
-    from ..evaluation.baselines import describe
+    from ..actions import describe
     from ..evaluation.table import markdown_table
 
     greedy, top, curve = result, result["top_by_mean"], result["curve"]

@@ -311,8 +311,9 @@ def _compare(
     policies: dict[str, list[Any]],
 ) -> Evaluation:
     """The policy, its twin if there is one, and every baseline on the test problems."""
+    from ..actions import describe
     from ..evaluation import Task, evaluate_decoding
-    from ..evaluation.baselines import STATIC_GRID, describe
+    from ..evaluation.baselines import STATIC_GRID
     from ..evaluation.tasks import read_testbed_answer
 
     # Every action is a static as well, and one of them might be the best.
@@ -341,8 +342,7 @@ def _compare(
 def _show(found: Evaluation | None, plans: Sequence[_Plan], args: argparse.Namespace) -> None:
     say = sys.stderr if args.json == "-" else sys.stdout
     if found is not None:
-        adapter = found.find("adapter")
-        size = f"{adapter['problems']} test problems, {adapter['samples']} samples each"
+        size = f"{args.test_problems} test problems, {args.eval_samples} samples each"
         print(f"\n{size}; in per cent with 95 % intervals over problems; gains are paired by problem:\n", file=say)
         print(f"{found.table()}\n\n{found.summary()}\n\nWritten to {Path(args.output, 'evaluation')}.", file=say)
     for plan in plans:

@@ -8,16 +8,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..actions import candidate_pool
+from ..actions import candidate_pool, describe
 from ..configuration import AutoDecoConfig
 from ..engines.transformers import complete
 from ..policies import DecodingPolicy, build_policy
 from ..policies.heads import HeadsPolicy
 from ..tap import output_embedding_shape
 from .ablation import only
-from .baselines import STATIC_GRID, describe
+from .baselines import STATIC_GRID
 from .cells import Cell
-from .runner import GREEDY, Decoder
+from .runner import DEFAULT, GREEDY, Decoder
 from .search import expert_search, measure_entropies, turn_temperature
 from .shuffle import shuffled
 from .tokens import token_table
@@ -90,8 +90,7 @@ class Contender:
 
 def static(settings: Mapping[str, float]) -> Decoder:
     """A decoder of fixed settings, named by them."""
-    rounded = {name: round(float(value), 3) for name, value in settings.items()}
-    return Decoder(describe(rounded), dict(settings))
+    return Decoder(describe(settings), dict(settings))
 
 
 def default_decoder(model: PreTrainedModel) -> Decoder:
@@ -100,7 +99,7 @@ def default_decoder(model: PreTrainedModel) -> Decoder:
     own = {name: vars(model.generation_config).get(name) for name in off}
     settings = {name: value for name, value in own.items() if value is not None and value != off[name]}
     if not settings:
-        return Decoder("default sampling (T=1)", {"temperature": 1.0})
+        return DEFAULT
     settings = {"temperature": 1.0, **settings}
     return Decoder(f"the model's default sampling ({describe(settings)})", settings)
 

@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .. import __version__
+from ..actions import describe
 from ..budget import resolve_budget
 from ..configuration import AutoDecoConfig
 from ..engines.transformers import complete
 from ..types import Budget
-from .baselines import describe
 from .digests import model_digest, rows_digest
 from .lines import AppendedLines
 from .runner import Reward, score

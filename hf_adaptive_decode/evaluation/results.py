@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..hub.results import ROLES
 from .table import format_interval, markdown_table
 
 
@@ -79,40 +80,29 @@ def _where(line: Mapping[str, Any]) -> str:
 
 
 def _block(lines: Sequence[Mapping[str, Any]]) -> str:
-    metrics = [name for name in lines[0] if name.startswith(("pass@", "maj@"))]
-    gained = [name for name in metrics if any("gain" in line for line in lines)]
+    shown = _without_repeats(lines)
+    metrics = list(dict.fromkeys(name for line in shown for name in line if name.startswith(("pass@", "maj@"))))
+    gained = [name for name in metrics if any(name in line.get("gain", {}) for line in shown)]
     task, adapter = lines[0]["task"], lines[0]["adapter"]
     title = f"{task}, {' and '.join(map(str, lines[0]['token_budgets']))} tokens"
     header = [title, *metrics, *(f"gain of {adapter} at {name}" for name in gained)]
     rows = []
-    for line in _without_repeats(lines):
-        gains = [format_interval(line["gain"][name], sign=True) if "gain" in line else "" for name in gained]
-        rows.append([label(line), *(format_interval(line[name]) for name in metrics), *gains])
+    for line in shown:
+        rates = [format_interval(line[name]) if name in line else "" for name in metrics]
+        gains = line.get("gain", {})
+        differences = [format_interval(gains[name], sign=True) if name in gains else "" for name in gained]
+        rows.append([label(line), *rates, *differences])
     return markdown_table(header, rows)
-
-
-_NAMES = {
-    "mean_shift": "MeanShift",
-    "best_static": "best static",
-    "oracle_static": "oracle static, chosen on test,",
-    "masked_static": "best masked static",
-    "expert_search": "expert-guided search",
-    "expert_search_oracle": "oracle expert-guided search, on test,",
-    "min_p": "best min-p",
-    "turn": "TURN",
-    "edt": "EDT",
-    "dynatemp": "dynatemp",
-}
 
 
 def label(line: Mapping[str, Any]) -> str:
     """What a table calls the decoder of a measure."""
     role, decoder = line["role"], line["decoder"]
-    if role not in _NAMES:
+    if role not in ROLES:
         return str(decoder)
     given = f" for pass@{line['for_k']}" if line["for_k"] is not None else ""
     # Decoders of rules carry their own name in front of their parameters.
-    return f"{_NAMES[role]}{given} ({decoder.removeprefix(role).strip(' ()')})"
+    return f"{ROLES[role]}{given} ({decoder.removeprefix(role).strip(' ()')})"
 
 
 def _without_repeats(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -120,5 +110,8 @@ def _without_repeats(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
     seen: dict[Any, Mapping[str, Any]] = {}
     for line in lines:
         key = (line["role"], line["decoder"], str(line["settings"]))
-        seen[key] = {**seen[key], "for_k": None} if key in seen else line
+        known = seen.get(key, {})
+        gain = {**line.get("gain", {}), **known.get("gain", {})}
+        merged = {**line, **known, **({"for_k": None} if known else {})}
+        seen[key] = {**merged, "gain": gain} if gain else merged
     return list(seen.values())

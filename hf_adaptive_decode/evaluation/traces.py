@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..actions import describe
 from ..engines.base import Completion
 from ..engines.transformers import Prompt, complete, encode_prompt
-from .baselines import describe
 from .runner import Decoder, Reward, score
 from .tokens import TokenTable, token_table
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .baselines import describe
+from ..actions import describe
 from .metrics import Interval, bootstrap_intervals, sign_flip_p
 
 HELPS, AS_WELL, NOTHING, HURTS = "helps_beyond_mean", "mean_does_as_well", "no_evidence", "hurts"
@@ -109,7 +109,7 @@ def _sentence(verdict: str, gains: Mapping[str, Interval], static: Mapping[str, 
     if verdict == HELPS:
         return f"It helps, beyond its mean. {what}{plain}; {means}."
     if verdict == AS_WELL:
-        named = describe({name: round(value, 3) for name, value in (static or {}).items()})
+        named = describe(static or {})
         return f"It helps, but a static setting does as well: use {named} instead. {what}{plain}; {means}."
     if verdict == HURTS:
         return f"It hurts. {what}{plain}; {means}."

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..actions import describe
 from .markdown import code, escape, plain, table
 from .result_lines import METRIC, Line, budgets_of, is_number, read_results
 
@@ -15,7 +16,8 @@ AS_WELL = "mean_does_as_well"
 # In the arguments of each metric that this library writes into a card's metadata, so that it finds them again.
 MARK = {"measured_by": "hf_adaptive_decode"}
 # A decoder of these roles is named by how it was chosen, its settings in brackets.
-_ROLES = {
+# What tables call a role, in front of the decoder that has it.
+ROLES = {
     "mean_shift": "MeanShift",
     "best_static": "best static",
     "oracle_static": "oracle static, chosen on test,",
@@ -27,7 +29,6 @@ _ROLES = {
     "edt": "EDT",
     "dynatemp": "dynatemp",
 }
-_PARAMETERS = (("top_p", "top-p", 1.0), ("top_k", "top-k", 0), ("min_p", "min-p", 0.0))
 _STATIC = """### A static setting instead
 
 Where a static setting does as well, use that; it needs no adapter:
@@ -182,25 +183,20 @@ def _percent(interval: Mapping[str, float] | None, sign: bool = False) -> str:
 
 def _label(row: Line, ks: Sequence[int], own: Line) -> str:
     """The decoder's name, and what it does not say itself: its role, for which k, its settings, another size."""
-    name, role = row["decoder"], _ROLES.get(row["role"])
+    name, role = row["decoder"], ROLES.get(row["role"])
     given = f" for {' and '.join(f'pass@{k}' for k in ks)}" if ks else ""
     if role is not None and role.lower() not in name.lower():
         name = f"{role}{given} ({name.removeprefix(row['role']).strip(' ()')})"
     elif "pass@" not in name:
         name += given
-    details = [describe(row["settings"])] if isinstance(row.get("settings"), Mapping) else []
+    details = [_described(row["settings"])] if isinstance(row.get("settings"), Mapping) else []
     details += [f"{row[n]} {n}" for n in ("problems", "samples") if row[n] != own[n]]
     new = [detail for detail in details if detail not in name]
     return f"{name} ({'; '.join(new)})" if new else name
 
 
-def describe(settings: Mapping[str, Any]) -> str:
-    """`T=0.5, top-p 0.9`, to three digits behind the point, and `greedy` for temperature 0."""
-    values = {name: round(value, 3) for name, value in settings.items() if is_number(value)}
-    if values.get("temperature") == 0:
-        return "greedy"
-    parts = [f"{label} {values[name]:g}" for name, label, off in _PARAMETERS if values.get(name, off) != off]
-    return ", ".join([f"T={values.get('temperature', 1.0):g}", *parts])
+def _described(settings: Mapping[str, Any]) -> str:
+    return describe({name: value for name, value in settings.items() if is_number(value)})
 
 
 def _facts(own: Line) -> str:
@@ -211,7 +207,7 @@ def _facts(own: Line) -> str:
 
 
 def _static_line(line: Line, several: bool) -> str:
-    return f"- {escape(_title(_group(line), several))}, pass@{line['k']}: {escape(describe(line['static']))}"
+    return f"- {escape(_title(_group(line), several))}, pass@{line['k']}: {escape(_described(line['static']))}"
 
 
 def _provenance(line: Line) -> str:

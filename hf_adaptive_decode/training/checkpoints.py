@@ -39,7 +39,9 @@ class AdapterTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         # A checkpoint's card would be written at every save, and nobody reads it.
         if self.args.should_save and not _internal_call:
-            facts = TrainingFacts(loss=self.objective(), steps=self.state.global_step, seed=self.args.seed)
+            data: Any = self.train_dataset
+            size = f"{len(data):,} examples" if hasattr(data, "__len__") else None
+            facts = TrainingFacts(size, self.objective(), self.state.global_step, self.args.seed)
             add_training(str(output_dir or self.args.output_dir), facts)
 
     def save_extra_state(self, folder: Path) -> None:
