@@ -116,11 +116,12 @@ def adapters(tmp_path):
 def test_adapters_are_evaluated_with_their_training_seeds_and_rivals(tmp_path, adapters, capsys):
     first, second = adapters
     words = ["--adapter", f"heads={first}", f"--adapter=heads={second}", "--rival", first, "--k", "1", "2"]
-    assert evaluated(tmp_path, *words, "--baselines", "greedy", "shuffle", "--update-cards") == 0
+    words += ["--static", "T=0.7,top_p=0.9", "--baselines", "greedy", "shuffle", "--update-cards"]
+    assert evaluated(tmp_path, *words) == 0
     printed = capsys.readouterr().out
     lines = json.loads((tmp_path / "result.json").read_text())["lines"]
     roles = [line["role"] for line in lines if line["kind"] == "measure"]
-    assert {"adapter", "greedy", "default", "mean_shift", "best_static", "shuffle", "rival"} == set(roles)
+    assert {"adapter", "greedy", "default", "mean_shift", "best_static", "shuffle", "static", "rival"} == set(roles)
     own = next(line for line in lines if line["kind"] == "measure")
     assert own["adapter"] == "heads"
     assert len(own["by_training_seed"]["pass@1"]) == 2
@@ -147,6 +148,8 @@ def test_a_base_model_is_evaluated_without_an_adapter_and_several_tasks_and_budg
         (["--adapter", "heads="], "NAME=FOLDER"),
         (["--adapter", "/nowhere/at/all"], "nowhere"),
         (["--k", "3"], "from 1 to 2"),
+        (["--static", "hot"], "is no setting"),
+        (["--static", "T=hot"], "has to be a number"),
         (["--task", "nonsense"], "nonsense"),
     ],
 )

@@ -284,6 +284,15 @@ def test_data_that_cannot_teach_commands_is_refused(row, tmp_path):
         )
 
 
+def test_a_data_sets_own_commands_stand(tmp_path):
+    rows = [{**row, "low_prompt": "w1 w78", "high_prompt": "w1 w79"} for row in build_rows(4)]
+    trainer = AutoDecoTrainer(
+        wrap(), arguments(tmp_path, **COMMANDED), train_dataset=rows, processing_class=build_tokenizer()
+    )
+    said = {name: build_tokenizer().decode(trainer.train_dataset[0][f"{name}_prompt_ids"]) for name in ("low", "high")}
+    assert said == {"low": "w1 w78", "high": "w1 w79"}
+
+
 def test_commands_need_a_prompt_to_stand_behind(tmp_path):
     with pytest.raises(DataFormatError, match="`prompt`"):
         AutoDecoTrainer(
@@ -317,7 +326,7 @@ def test_commands_are_taken_in_several_forms_and_written_as_json(given, tmp_path
     assert CommandSet.read(json.loads(args.to_json_string())["control_commands"]) == SET
 
 
-def test_the_built_in_commands_can_be_named_on_a_command_line(tmp_path):
+def test_the_built_in_commands_can_be_named_on_a_command_line_and_dicts_are_json_there(tmp_path):
     words = [
         "--output_dir",
         str(tmp_path),
@@ -327,8 +336,10 @@ def test_the_built_in_commands_can_be_named_on_a_command_line(tmp_path):
         "--control_commands",
         "diversity",
     ]
+    words += ["--chat_template_kwargs", '{"enable_thinking": false}']
     (args,) = HfArgumentParser(AutoDecoTrainingArguments).parse_args_into_dataclasses(words)
     assert CommandSet.read(args.control_commands) == DIVERSITY_COMMANDS["train"]
+    assert args.chat_template_kwargs == {"enable_thinking": False}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
-"""Finds the base model of the adapters that flags name; knows nothing of what a command does with them."""
+"""Reads adapters and static settings out of flags; knows nothing of what a command does with them."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .tasks import TESTBED, load_model
+
+_SETTINGS = {"T": "temperature", "P": "top_p", "K": "top_k"}
+_STATICS = {"greedy": {"temperature": 0.0}, "default": {"temperature": 1.0}}
 
 
 def load_for_adapter(args: argparse.Namespace, adapter: str | None) -> tuple[Any, Any]:
@@ -49,3 +53,30 @@ def load_for_adapter(args: argparse.Namespace, adapter: str | None) -> tuple[Any
             "folder or Hub id of the base model and its tokenizer."
         ) from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def static_settings(text: str, flag: str) -> dict[str, float] | None:
+    """The static settings that a flag names, such as `T=0.7,top_p=0.9`; `None` if it names an adapter."""
+    from ..types import SamplingParameters
+    from ..warping import check_scalars
+
+    if text in _STATICS:
+        return _STATICS[text]
+    if "=" not in text or Path(text).is_dir():
+        return None
+    settings: dict[str, Any] = {}
+    for part in text.split(","):
+        word, _, value = (piece.strip() for piece in part.partition("="))
+        name = _SETTINGS.get(word, word.replace("-", "_"))
+        if name not in ("temperature", "top_k", "top_p", "min_p") or name in settings:
+            raise ValueError(
+                f"{flag} {text}: {word!r} is no setting, or is there twice; use T, top_p, top_k and min_p, as in "
+                "T=0.7,top_p=0.9."
+            )
+        try:
+            settings[name] = int(value) if name == "top_k" else float(value)
+        except ValueError as error:
+            kind = "whole number" if name == "top_k" else "number"
+            raise ValueError(f"{flag} {text}: {word} is {value!r}; it has to be a {kind}.") from error
+    check_scalars(SamplingParameters(**settings))
+    return settings

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters import load_for_adapter
+from .adapters import load_for_adapter, static_settings
 from .pictures import has_pictures, write_gains
 from .tasks import add_eval_task_arguments, add_model_arguments, load_tasks, positive
 
@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default, mean_shift, best_static, mixture, masked_static, shuffle, shuffle_in_bins, temperature_only, "
         "top_p_only, edt, dynatemp, min_p, turn, expert_search, top_of_pool, oracle_static, expert_search_oracle",
     )
+    parser.add_argument(
+        "--static",
+        action="append",
+        default=[],
+        metavar="SETTINGS",
+        help="a static setting of your own as one more baseline: T=0.7,top_p=0.9 (also top_k and min_p); repeatable",
+    )
     parser.add_argument("--batch-rows", type=positive, default=256, help="sequences decoded at once")
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="completions, results and plots; resumed")
     parser.add_argument(
@@ -65,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tokenizer,
         load_tasks(args),
         adapters,
-        baselines=baselines,
+        baselines=[*baselines, *map(_static, args.static)],
         rivals=rivals,
         samples=args.samples,
         ks=args.k,
@@ -84,6 +91,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"\n{found.summary()}", file=say)
     print(f"\nWritten: {', '.join(files)}", file=say)
     return {"lines": found.lines, "files": files}
+
+
+def _static(text: str) -> Any:
+    from ..evaluation.controls import static
+
+    settings = static_settings(text, "--static")
+    if settings is None:
+        raise ValueError(f"--static {text} is no setting; it has to be such as T=0.7,top_p=0.9, greedy or default.")
+    return static(settings)
 
 
 def _by_name(given: Sequence[str]) -> dict[str, list[str]]:

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.provenance import environment
-from .adapters import load_for_adapter
+from .adapters import load_for_adapter, static_settings
 from .tasks import add_task_arguments, load_problems, positive, reward_function
 
-_SETTINGS = {"T": "temperature", "P": "top_p", "K": "top_k"}
-_STATICS = {"greedy": {"temperature": 0.0}, "default": {"temperature": 1.0}}
 _TOKENS_FILE = "tokens.jsonl"
 
 
@@ -60,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     logging.set_verbosity_error()
     # None for those that are adapters.
     decoders = {} if args.adapter is None else {args.adapter: None}
-    decoders |= {} if args.versus is None else {args.versus: _settings(args.versus)}
+    decoders |= {} if args.versus is None else {args.versus: static_settings(args.versus, "--versus")}
     if not decoders:
         raise ValueError(
             "there is nothing to trace: pass --adapter with an adapter's folder or Hub id, or --versus alone (greedy, "
@@ -86,33 +84,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "environment": environment(),
     }
-
-
-def _settings(text: str) -> dict[str, float] | None:
-    """The static settings that a `--versus` names; `None` if it names an adapter."""
-    from ..types import SamplingParameters
-    from ..warping import check_scalars
-
-    if text in _STATICS:
-        return _STATICS[text]
-    if "=" not in text or Path(text).is_dir():
-        return None
-    settings: dict[str, Any] = {}
-    for part in text.split(","):
-        word, _, value = (piece.strip() for piece in part.partition("="))
-        name = _SETTINGS.get(word, word.replace("-", "_"))
-        if name not in ("temperature", "top_k", "top_p", "min_p") or name in settings:
-            raise ValueError(
-                f"--versus {text}: {word!r} is no setting, or is there twice; use T, top_p, top_k and min_p, as in "
-                "T=0.7,top_p=0.9."
-            )
-        try:
-            settings[name] = int(value) if name == "top_k" else float(value)
-        except ValueError as error:
-            kind = "whole number" if name == "top_k" else "number"
-            raise ValueError(f"--versus {text}: {word} is {value!r}; it has to be a {kind}.") from error
-    check_scalars(SamplingParameters(**settings))
-    return settings
 
 
 def _problem(args: argparse.Namespace) -> dict[str, Any]:
