@@ -16,6 +16,8 @@ from tiny import make_heads_identity, wrap
 from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM
 from hf_adaptive_decode.engines.transformers import complete
 from hf_adaptive_decode.evaluation import CONTROLS, Evaluation, Task, bootstrap_interval, evaluate_decoding, pass_at_k
+from hf_adaptive_decode.evaluation.ablation import only
+from hf_adaptive_decode.evaluation.digests import model_digest, policy_digest
 from hf_adaptive_decode.evaluation.runner import Decoder
 from hf_adaptive_decode.evaluation.tasks import load_task
 from hf_adaptive_decode.testbed import load_base_model, load_tokenizer
@@ -302,6 +304,36 @@ def test_another_adapter_of_the_same_name_is_another(tokenizer, task, tmp_path):
     first = evaluate_decoding(adaptive(policy="heads"), tokenizer, task, **how).find("adapter")
     second = evaluate_decoding(hot(adaptive(policy="heads")), tokenizer, task, **how).find("adapter")
     assert first["mean_temperature"] < 1.2 < 1.8 < second["mean_temperature"]
+
+
+def test_controls_of_one_adapter_are_told_apart(tokenizer, task):
+    model = adaptive(policy="heads")
+    policy = model.decoding_adapter
+    with torch.no_grad():
+        policy.temperature_head.out.bias.fill_(-1.5)
+        policy.top_p_head.out.bias.fill_(-1.5)
+    assert len({policy_digest(one) for one in (policy, only(policy, "temperature"), only(policy, "top_p"))}) == 3
+    found = evaluate_decoding(model, tokenizer, task, baselines=["temperature_only", "top_p_only"], **SMALL)
+    cold, cut = found.find("temperature_only"), found.find("top_p_only")
+    assert (cold["mean_temperature"] < 0.5, cold["mean_top_p"]) == (True, 1.0)
+    assert (cut["mean_temperature"], cut["mean_top_p"] < 0.5) == (1.0, True)
+
+
+def test_a_policy_that_is_made_deterministic_is_another():
+    actions = [{"temperature": 0.0}, {"temperature": 1.0}]
+    policy = adaptive(policy="token_actions", actions=actions).decoding_adapter
+    before = policy_digest(policy)
+    policy.deterministic = True
+    assert policy_digest(policy) != before
+
+
+def test_a_model_with_other_constraints_is_another():
+    model = load_base_model()
+    before = model_digest(model)
+    model.generation_config.temperature = 0.5  # each decoder has its own
+    assert model_digest(model) == before
+    model.generation_config.repetition_penalty = 1.3
+    assert model_digest(model) != before
 
 
 KILLED = """

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from ..hub.bases import fingerprint
 from ..policies import DecodingPolicy
 
+# What of a generation config changes nothing here: who wrote it, and what decoders bring themselves.
+_NO_CONSTRAINT = {"transformers_version", "_from_model_config", "do_sample", "temperature", "top_k", "top_p", "min_p"}
+_PLAIN = (str, int, float, bool, tuple)
 _VALUES_A_WEIGHT = 16  # how many numbers of each of a model's weights go into its digest
 
 
@@ -22,8 +25,12 @@ def rows_digest(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """The architecture and a few numbers of every weight: another checkpoint of it has another digest, at no cost."""
-    digest = hashlib.sha256(fingerprint(model).encode())
+    """
+    The architecture, the constraints of its `generation_config` and a few numbers of every weight: another checkpoint of
+    it has another digest, at no cost.
+    """
+    own = {name: value for name, value in model.generation_config.to_dict().items() if name not in _NO_CONSTRAINT}
+    digest = hashlib.sha256(f"{fingerprint(model)} {json.dumps(own, sort_keys=True, default=str)}".encode())
     adapter = {
         id(weight) for module in model.modules() if isinstance(module, DecodingPolicy) for weight in _all(module)
     }
@@ -39,9 +46,13 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def policy_digest(policy: DecodingPolicy) -> str:
-    """Class, settings and every number of a policy."""
+    """Class, settings, plain attributes and every number of a policy."""
     settings = {name: value for name, value in policy.config.to_dict().items() if not name.startswith("base_model")}
     digest = hashlib.sha256(f"{type(policy).__name__} {json.dumps(settings, sort_keys=True, default=str)}".encode())
+    for name, module in policy.named_modules():
+        # Of two controls made of one adapter, nothing else may differ.
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN) and key != "training"}
+        digest.update(f"{name} {sorted(plain.items())}".encode())
     for name, tensor in sorted([*policy.named_parameters(), *policy.named_buffers()]):
         digest.update(name.encode())
         digest.update(_bytes(tensor.detach()))
