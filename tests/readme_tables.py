@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from hf_adaptive_decode.evaluation import Evaluation
@@ -89,3 +90,38 @@ def small_budgets() -> str:
         gains = [gain(result, role, 1, budget) for role in ("rival", "greedy", "best_static")]
         rows.append(["all three" if budget is None else f"{budget} tokens", *rates, *gains])
     return markdown_table(["", "told b_t", "twin", "over its twin", "over greedy", "over the best static"], rows)
+
+
+def commands() -> str:
+    """What commands do to T and top-p, before and after targeted training: means over seeds and held-out commands."""
+    runs = json.loads((RESULTS / "language_control.json").read_text(encoding="utf-8"))["runs"]
+    rows = []
+    for stage, name in (("before targeted training", "before"), ("after targeted training", "after")):
+        for direction in ("low", "high"):
+            found = [
+                row
+                for run in runs
+                for row in run[stage]["control"]["rows"]
+                if (row["direction"], row["text"]) == (direction, "own")
+            ]
+            cells = []
+            for parameter in ("temperature", "top_p"):
+                shares = [100 * row[parameter]["consistency"] for row in found]
+                cells.append(f"{sum(row[parameter]['difference'] for row in found) / len(found):+.3f}")
+                cells.append(f"{sum(shares) / len(shares):.0f} % ({min(shares):.0f} to {max(shares):.0f})")
+            rows.append([f"{name}, {direction}", *cells])
+    header = ["", "difference in T", "consistency (T)", "difference in top-p", "consistency (top-p)"]
+    return markdown_table(header, rows)
+
+
+def pass_rates() -> dict[str, dict[str, float]]:
+    """pass@1 in per cent by stage and command, means over seeds."""
+    runs = json.loads((RESULTS / "language_control.json").read_text(encoding="utf-8"))["runs"]
+    stages = [name for name in runs[0] if name not in ("seed", "rows")]
+    return {
+        stage: {
+            command: 100 * sum(run[stage]["pass@1"][command]["mean"] for run in runs) / len(runs)
+            for command in ("none", "low", "high")
+        }
+        for stage in stages
+    }

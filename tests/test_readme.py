@@ -57,6 +57,15 @@ def test_the_policies_tables_are_those_of_their_results(table):
     assert table() in README
 
 
+def test_what_commands_do_is_what_was_measured():
+    assert readme_tables.commands() in README
+    rates = readme_tables.pass_rates()
+    before, plain, after = (rates[stage] for stage in rates)
+    shown = [after["none"], before["none"], plain["none"], before["low"], after["low"], before["high"], after["high"]]
+    section = README.partition("**Commands in words.**")[2]
+    assert all(f"{rate:.1f}" in section for rate in shown)
+
+
 def test_the_ratios_are_the_ones_in_the_benchmarks_results():
     training = json.loads((ROOT / "benchmarks" / "results" / "training_step.json").read_text(encoding="utf-8"))
     decoding = json.loads((ROOT / "benchmarks" / "results" / "decoding.json").read_text(encoding="utf-8"))

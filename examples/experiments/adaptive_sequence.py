@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lab import SEQUENCE_ACTIONS, Experiment, Lab, Outcome, Trained, gain_table, sign_of
+
+from hf_adaptive_decode.evaluation import Evaluation
 
 PARALLEL = (1, 2, 4, 8)
 SHOWN = ("pass@1", "pass@8")
@@ -41,20 +43,28 @@ def compare(
         ks=(1, 8),
         token_budgets=lab.sizes.sequence_budget,
     )
-    gains = [line["gain"][f"pass@{line['for_k']}"] for line in found.measures if line["role"] == "best_static"]
-    gains += [line["gain"][metric] for line in found.measures if line["role"] == "mixture" for metric in SHOWN]
-    twins = [line["gain"][metric] for line in found.measures if line["role"] == "rival" for metric in SHOWN]
+    signs = {metric: sign_of(_gains(found, metric, ("best_static", "mixture"))) for metric in SHOWN}
+    twins = {metric: sign_of(_gains(found, metric, ("rival",))) for metric in SHOWN}
     parts = [
-        f"Beating both the best static and the mixture at B = 1 and 8: {_shown(sign_of(gains))}. Knowing B: "
-        f"{_shown(sign_of(twins))} over the twin at both.",
+        f"Beating both the best static and the mixture: {_in_words(signs)}.",
+        f"Knowing B, over the twin: {_in_words(twins)}.",
         why,
         NO_COT if lab.is_testbed else "",
     ]
-    return Outcome(gain_table(found, *SHOWN), sign_of(gains), " ".join(part for part in parts if part), found.lines)
+    words = " ".join(part for part in parts if part)
+    sign = signs["pass@1"] if len(set(signs.values())) == 1 else ", ".join(f"{v} at {m}" for m, v in signs.items())
+    return Outcome(gain_table(found, *SHOWN), sign, words, found.lines)
 
 
-def _shown(sign: str) -> str:
-    return {"same": "shown", "opposite": "the opposite is shown for one", "no difference": "not shown for all"}[sign]
+def _gains(found: Evaluation, metric: str, roles: Sequence[str]) -> list[dict[str, float]]:
+    """The gains at a metric over some roles; over a static that was chosen for another k there is none."""
+    k = int(metric.removeprefix("pass@"))
+    return [line["gain"][metric] for line in found.measures if line["role"] in roles and line["for_k"] in (None, k)]
+
+
+def _in_words(signs: Mapping[str, str]) -> str:
+    named = {"same": "shown", "opposite": "the opposite is shown", "no difference": "not shown"}
+    return ", ".join(f"{named[sign]} at {metric}" for metric, sign in signs.items())
 
 
 def experiment(name: str, table: str, claim: str, paper: str) -> Experiment:

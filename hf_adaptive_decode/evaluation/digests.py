@@ -26,8 +26,8 @@ def rows_digest(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def model_digest(model: PreTrainedModel) -> str:
     """
-    The architecture, the constraints of its `generation_config` and a few numbers of every weight: another checkpoint of
-    it has another digest, at no cost.
+    The architecture, the constraints of its `generation_config` and a few numbers of every weight: another checkpoint
+    of it has another digest, at no cost.
     """
     own = {name: value for name, value in model.generation_config.to_dict().items() if name not in _NO_CONSTRAINT}
     digest = hashlib.sha256(f"{fingerprint(model)} {json.dumps(own, sort_keys=True, default=str)}".encode())

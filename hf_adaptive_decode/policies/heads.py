@@ -80,4 +80,5 @@ class HeadsPolicy(DecodingPolicy):
 
 def _stretch(logit: torch.Tensor, interval: Sequence[float]) -> torch.Tensor:
     low, high = interval
-    return low + (high - low) * torch.sigmoid(logit)
+    # The last bit of a float may lie beyond the range.
+    return (low + (high - low) * torch.sigmoid(logit)).clamp(low, high)
