@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM, __version__
+from hf_adaptive_decode.cli.evaluate import _write_statics
 from hf_adaptive_decode.cli.main import COMMANDS, main
 from hf_adaptive_decode.testbed import load_base_model
 
@@ -156,3 +158,14 @@ def test_a_base_model_is_evaluated_without_an_adapter_and_several_tasks_and_budg
 def test_a_wrong_evaluation_says_what_is_wrong(tmp_path, capsys, words, said):
     assert evaluated(tmp_path, *words) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_static_setting_that_does_as_well_is_written_as_a_generation_config(tmp_path):
+    line = {"adapter": "a/b", "task": "testbed:coin+sign", "token_budgets": [8, 16], "k": 4}
+    verdicts = [{**line, "static": {"temperature": 0.75, "top_p": 0.9}}, {**line, "k": 1, "static": None}]
+    base = load_base_model()
+    (path,) = _write_statics(verdicts, base, tmp_path)
+    assert Path(path).parts[-3:] == ("a-b-testbed-coin+sign-8+16-pass4", "static", "generation_config.json")
+    config = GenerationConfig.from_pretrained(Path(path).parent)
+    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.75, 0.9, 0)
+    assert config.eos_token_id == base.generation_config.eos_token_id

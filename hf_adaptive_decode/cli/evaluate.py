@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     files = [str(Path(args.output, name)) for name in ("completions.jsonl", "results.jsonl")]
     files += write_gains(found.measures, Path(args.output)) if has_pictures() else []
+    files += _write_statics(found.verdicts, model, Path(args.output))
     if args.update_cards:
         _update_cards(found, adapters)
     say = sys.stderr if args.json == "-" else sys.stdout
@@ -113,6 +115,20 @@ def _by_name(given: Sequence[str]) -> dict[str, list[str]]:
             raise ValueError(f"{one!r} has to be a folder or Hub id of an adapter, or NAME=FOLDER.")
         found.setdefault(name, []).append(folder)
     return found
+
+
+def _write_statics(verdicts: Sequence[dict[str, Any]], model: Any, folder: Path) -> list[str]:
+    """The settings that do as well as an adapter, as generation configs to use instead."""
+    from ..hub.static_setting import SPECIAL_TOKENS, write_static_generation_config
+
+    tokens = {name: vars(model.generation_config).get(name) for name in SPECIAL_TOKENS}
+    written = []
+    for line in verdicts:
+        if line["static"] is not None:
+            budgets = "+".join(map(str, line["token_budgets"]))
+            name = re.sub(r"[^\w.+-]+", "-", f"{line['adapter']}-{line['task']}-{budgets}-pass{line['k']}")
+            written.append(str(write_static_generation_config(folder / name, line["static"], tokens)))
+    return written
 
 
 def _update_cards(found: Any, adapters: dict[str, list[str]]) -> None:
