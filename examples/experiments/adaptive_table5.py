@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lab import TEMPERATURES, Experiment, Lab, Outcome, Trained, gain_table, main, sign_of
 
+from hf_adaptive_decode.reports.plots import plot_accuracy_by_budget
+
 EXPERIMENT = Experiment(
     "adaptive_table5",
     "Adaptive Decoding, Table 5",
@@ -43,7 +45,11 @@ def run(lab: Lab) -> Outcome:
         f"Over {', '.join(map(str, BUDGETS))} tokens together. Over the entropy alone the policy gains "
         f"{100 * entropy['mean']:+.1f} points. {together.verdicts[0]['sentence']}"
     )
-    return Outcome(gain_table(together, "pass@1"), sign_of([*gains, entropy]), why, found.lines)
+    path = lab.picture("adaptive_table5_budgets")
+    shown = ("adapter", "rival", "greedy", "default", "best_static")
+    plot_accuracy_by_budget([line for line in found.measures if line["role"] in shown and line["token_budget"]], path)
+    ours = f"{gain_table(together, 'pass@1')}\n\n![accuracy by token budget](pictures/{path.name})"
+    return Outcome(ours, sign_of([*gains, entropy]), why, found.lines)
 
 
 if __name__ == "__main__":
