@@ -63,6 +63,7 @@ def complete(
 
     Returns: A list of `samples` [`Completion`] for each prompt, in the order of `prompts`.
     """
+    _budgets(token_budget, samples, len(prompts))  # before as many rows are listed
     greedy = is_greedy(settings) and policy is None
     wanted = [(index, sample) for index in range(len(prompts)) for sample in range(1 if greedy else samples)]
     found: list[list[Completion]] = [[] for _ in prompts]
