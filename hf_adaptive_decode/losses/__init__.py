@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .chunked import CHUNK_BYTES, LOSS_TYPES, DecodingLossOutput, chunked_decoding_loss
 from .config import IGNORE_INDEX, DecodingLossConfig
+from .control import RankingLossConfig, ranking_loss
 from .masking import is_easy_token, stable_mask_uniform
 from .reference import decoding_loss_reference, soft_top_p_probs
 from .rows import RowDerivatives, soft_top_p_nll
@@ -14,10 +15,12 @@ __all__ = [
     "LOSS_TYPES",
     "DecodingLossConfig",
     "DecodingLossOutput",
+    "RankingLossConfig",
     "RowDerivatives",
     "chunked_decoding_loss",
     "decoding_loss_reference",
     "is_easy_token",
+    "ranking_loss",
     "soft_top_p_nll",
     "soft_top_p_probs",
     "stable_mask_uniform",

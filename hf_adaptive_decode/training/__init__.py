@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .arguments import AutoDecoTrainingArguments
+from .control import DIVERSITY_COMMANDS, CommandSet, with_commands
 from .data import DataFormatError, DecodingDataCollator
 from .prompts import COT_TEMPLATES, CoTTemplate
 from .reinforce import REINFORCEDecodingTrainer
@@ -14,8 +15,11 @@ __all__ = [
     "AutoDecoTrainingArguments",
     "COT_TEMPLATES",
     "CoTTemplate",
+    "CommandSet",
+    "DIVERSITY_COMMANDS",
     "DataFormatError",
     "DecodingDataCollator",
     "REINFORCEDecodingTrainer",
     "REINFORCEDecodingTrainingArguments",
+    "with_commands",
 ]
