@@ -95,7 +95,13 @@ def write_results(lab: Lab) -> Path:
     facts = provenance(model=lab.base_name or "the embedded base model", sizes=vars(lab.sizes), seed=lab.seed)
     size = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(lab.sizes).items())
     where = f"{facts['hardware']['machine']}, torch {facts['versions']['torch']}, one training seed ({lab.seed})"
-    head = f"{_HEAD}\nSizes: {size}. {where}; {total / 60:.0f} minutes in all.\n"
+    logs = [json.loads(path.read_text(encoding="utf-8")) for path in lab.output.glob("**/adapters/*/log.json")]
+    training = sum(log["seconds"] for log in logs)
+    spent = (
+        f"The scripts took {total / 60:.0f} minutes in all when they were last run; they load adapters that were trained "
+        f"before, and to train those {len(logs)} took {training / 60:.0f} minutes"
+    )
+    head = f"{_HEAD}\nSizes: {size}. {where}. {spent}.\n"
     table = markdown_table(["", "sign", "seconds"], rows)
     path = lab.output / "RESULTS.md"
     path.write_text("\n\n".join([head.rstrip(), table, *texts]) + "\n", encoding="utf-8")
