@@ -98,7 +98,7 @@ def write_results(lab: Lab) -> Path:
     logs = [json.loads(path.read_text(encoding="utf-8")) for path in lab.output.glob("**/adapters/*/log.json")]
     training = sum(log["seconds"] for log in logs)
     spent = (
-        f"The scripts took {total / 60:.0f} minutes in all when they were last run; they load adapters that were trained "
+        f"The scripts took {total / 60:.0f} minutes in all when last run; they load adapters that were trained "
         f"before, and to train those {len(logs)} took {training / 60:.0f} minutes"
     )
     head = f"{_HEAD}\nSizes: {size}. {where}. {spent}.\n"
