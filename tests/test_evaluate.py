@@ -377,6 +377,31 @@ def test_a_killed_run_loses_the_batch_in_flight_and_ends_alike(tokenizer, task, 
         assert mine["decoder"] == other["decoder"]
 
 
+def untimed(found):
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in found.lines[1:]]
+
+
+def test_a_kill_between_two_budgets_of_a_batch_repeats_neither(tokenizer, task, tmp_path):
+    how = {**SMALL, "baselines": ["default"], "token_budgets": (12, 40), "folder": tmp_path}
+    whole = untimed(evaluate_decoding(load_base_model(), tokenizer, task, **how))
+    path = tmp_path / "completions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    # The longer budget's last lines are not there yet.
+    path.write_text("".join(lines[:-5]))
+    assert untimed(evaluate_decoding(load_base_model(), tokenizer, task, **how)) == whole
+    assert len(completions(tmp_path)) == len(lines) - 2
+
+
+def test_a_policy_with_a_prior_for_each_b_is_run_for_each(tokenizer, task):
+    prior = [{"samples": 1, "probabilities": [1.0, 0.0]}, {"samples": 4, "probabilities": [0.0, 1.0]}]
+    actions = [{"temperature": 0.0}, {"temperature": 1.0}]
+    how = {"policy": "sequence_actions", "actions": actions, "budget_features": [], "action_prior": prior}
+    found = evaluate_decoding(adaptive(**how, deterministic=True), tokenizer, task, baselines=[], **SMALL)
+    adapter = found.find("adapter")
+    assert adapter["pass@1"] == found.find("greedy")["pass@1"]
+    assert adapter["pass@4"] == found.find("default")["pass@4"]
+
+
 @pytest.mark.parametrize("line", ["[1]\n", "nonsense\n"])
 def test_a_damaged_file_is_named(tokenizer, task, tmp_path, line):
     (tmp_path / "completions.jsonl").write_text(line)

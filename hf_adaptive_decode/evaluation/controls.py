@@ -18,6 +18,7 @@ from .ablation import only
 from .baselines import STATIC_GRID
 from .cells import Cell
 from .runner import DEFAULT, GREEDY, Decoder
+from .runs import hears_samples
 from .search import expert_search, measure_entropies, turn_temperature
 from .shuffle import shuffled
 from .tokens import token_table
@@ -138,7 +139,7 @@ def _mean_shift(c: Contender) -> Iterator[Choice]:
     if c.policy is None:
         return
     found = c.cell.scores(c.decoders, "validation").settings
-    told = "samples" in c.policy.config.budget_features
+    told = hears_samples(c.policy)
     for k in c.cell.ks if told else c.cell.ks[:1]:
         yield Choice("mean_shift", (static(found[f"pass@{k}"]),), k if told else None)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..engines.base import Completion
 from ..engines.transformers import complete_batches, is_greedy
+from ..policies import DecodingPolicy
 from .digests import model_digest, policy_digest, rows_digest
 from .lines import AppendedLines
 from .runner import Decoder, score_rows
@@ -142,8 +143,8 @@ class Runs:
         """
         told = () if decoder.policy is None else decoder.policy.config.budget_features
         budgets = (token_budget,) if "tokens" in told else self.token_budgets
-        parallel = parallel_budget if "samples" in told else None
-        # Of problems in another number or order the completions would be others; of a longer list they are not.
+        parallel = parallel_budget if hears_samples(decoder.policy) else None
+        # With other rows in their places the completions or their rewards would be others.
         facts = {**self._facts, "split": split, "problems": self._digests[split], **_identity(self.model, decoder)}
         parts = []
         for seed in self.seeds:
@@ -179,13 +180,17 @@ class Runs:
             for batch in batches:
                 seconds = (time.perf_counter() - began) / len(batch)
                 for budget, run in runs.items():
-                    self.store.add(self._lines(run, problems, batch, budget, seconds))
+                    # A process may have been killed between two of them.
+                    missing = [one for one in batch if one[:2] not in self.store.done(run)]
+                    self.store.add(self._lines(run, problems, missing, budget, seconds))
                 bar.update(len(batch))
                 began = time.perf_counter()
 
     def _lines(
         self, run: str, problems: Sequence[Row], batch: Sequence[tuple[int, int, Completion]], budget: int, spent: float
     ) -> list[dict[str, Any]]:
+        if not batch:
+            return []
         cut = [(index, sample, _cut(one, budget, self.tokenizer), one) for index, sample, one in batch]
         rewards = score_rows([problems[index] for index, *_ in cut], [one for _, _, one, _ in cut], self.task.reward)
         read = self.task.answer
@@ -221,6 +226,12 @@ class Runs:
         kinds: dict[str, type] = {"reward": float, "tokens": int, "ended": bool}
         kinds |= {"temperature": float, "top_p": float, "seconds": float}
         return Sampled(**{name: column(name, kind) for name, kind in kinds.items()}, answers=answers)
+
+
+def hears_samples(policy: DecodingPolicy | None) -> bool:
+    """Whether what a policy does depends on the parallel budget B: it is told, or has another prior for each."""
+    config = None if policy is None else policy.config
+    return config is not None and ("samples" in config.budget_features or len(config.action_prior or ()) > 1)
 
 
 def _without_text(line: dict[str, Any]) -> dict[str, Any]:
