@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_heads_identity, wrap
+from transformers import AutoModelForCausalLM
 
 from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM
 from hf_adaptive_decode.engines.transformers import complete
@@ -123,6 +124,15 @@ def test_provenance_says_where_the_numbers_come_from(found):
     assert first["model"] == "hf_adaptive_decode:testbed"
     assert first["samples"] == 4
     assert first["seeds"] == [0]
+
+
+def test_provenance_keeps_folders_to_itself(tokenizer, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/me/bin/run", f"--output={tmp_path}", str(tmp_path / "base"), "T=0.5"])
+    load_base_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    first = evaluate_decoding(model, tokenizer, task, baselines=["greedy"], **SMALL).lines[0]
+    assert first["command"] == ["run", f"--output={tmp_path.name}", "base", "T=0.5"]
+    assert first["model"] == "base"
 
 
 def test_results_survive_a_file(found, tmp_path):

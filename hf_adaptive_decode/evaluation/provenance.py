@@ -46,11 +46,25 @@ def provenance(**facts: Any) -> dict[str, Any]:
         "library": __version__,
         "versions": versions,
         "commit": _commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [without_folders(word) for word in sys.argv],
         "hardware": {**hardware, "threads": torch.get_num_threads()},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        **facts,
+        **{name: without_folders(value) if isinstance(value, str) else value for name, value in facts.items()},
     }
+
+
+def without_folders(text: str) -> str:
+    """
+    A word of a command, or a model's name, with absolute paths cut to their last part.
+
+    Results are made to be published, and where somebody keeps files is nobody else's business.
+
+    Example:
+        >>> without_folders("--output=/home/me/results"), without_folders("Qwen/Qwen3-0.6B")
+        ('--output=results', 'Qwen/Qwen3-0.6B')
+    """
+    flag, mark, value = text.rpartition("=")
+    return f"{flag}{mark}{Path(value).name}" if Path(value).is_absolute() else text
 
 
 def _commit() -> str | None:
