@@ -11,7 +11,7 @@ import numpy as np
 from ..training.credit import group_value
 from .metrics import pass_at_k
 from .runner import Decoder
-from .runs import Runs, Sampled
+from .runs import Runs, Sampled, hears_samples
 
 _SETTINGS = ("temperature", "top_p")
 
@@ -69,11 +69,15 @@ class Cell:
             self._known[key] = (decoders, self._score(decoders, split))
         return self._known[key][1]
 
+    def _sample(self, decoders: Sequence[Decoder], split: str, k: int) -> list[list[Sampled]]:
+        """By decoder and token budget."""
+        return [[self.runs.sample(one, split, budget, k) for budget in self.budgets] for one in decoders]
+
     def _score(self, decoders: Sequence[Decoder], split: str) -> Scores:
-        sampled = {
-            k: [[self.runs.sample(one, split, budget, k) for budget in self.budgets] for one in decoders]
-            for k in self.ks
-        }
+        # What does not hear B writes the same for every k.
+        heard = self.ks if any(hears_samples(one.policy) for one in decoders) else self.ks[:1]
+        found = {k: self._sample(decoders, split, k) for k in heard}
+        sampled = {k: found.get(k, found[self.ks[0]]) for k in self.ks}
         values, by_seed, settings = {}, {}, {}
         for k, by_decoder in sampled.items():
             for name, of in _metrics(by_decoder[0][0], k).items():
