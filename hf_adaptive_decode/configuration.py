@@ -10,7 +10,16 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from ._version import __version__
-from .configuration_checks import check_actions, check_entropy_rule, check_prior, fail, is_int, is_number
+from .configuration_checks import (
+    check_actions,
+    check_entropy_rule,
+    check_prior,
+    fail,
+    is_int,
+    is_number,
+    is_released_format,
+    is_revision,
+)
 from .errors import AdapterConfigError
 from .features import FEATURES
 
@@ -25,7 +34,7 @@ MAX_CONFIG_BYTES = 1 << 20
 # (a billion labels) are dangerous in a downloaded file.
 _INHERITED = {"architectures", "model_type", "transformers_version", "name_or_path", "_name_or_path"}
 # What some releases of transformers 5 write into every config, though it says how to run a model and not what it is.
-_RUNTIME = {"attn_implementation", "experts_implementation"}
+_RUNTIME = {"attn_implementation", "experts_implementation", "output_attentions"}
 _MAX_WIDTH = 1 << 16
 
 
@@ -42,9 +51,14 @@ class AutoDecoConfig(PreTrainedConfig):
             Which heads a `"heads"` policy has; a parameter without a head is left off.
         head_hidden_size (`int`, defaults to 256):
             Width of a head's hidden layer.
+        top_p_head_hidden_size (`int`, *optional*):
+            That of the top-p head, where it is another one.
         features (sequence of `str`, defaults to `("hidden",)`):
             What the policy sees: the hidden state (`"hidden"`); max p, entropy, variance and top-5 mass of the
             distribution to be sampled (`"statistics"`); or its entropy alone (`"entropy"`).
+        top_p_statistics (`bool`, defaults to `False`):
+            Whether the top-p head alone also sees such statistics of that distribution at the predicted temperature, as
+            AutoDeco's released heads do; see [`~features.scaled_statistics`].
         detach_temperature (`bool`, defaults to `False`):
             Whether the top-p head sees the temperature without sending gradient back through it.
         temperature_range (`tuple` of two `float`, defaults to `(0.0, 2.0)`):
@@ -96,7 +110,9 @@ class AutoDecoConfig(PreTrainedConfig):
         policy: str = "heads",
         heads: tuple[str, ...] | list[str] = HEADS,
         head_hidden_size: int = 256,
+        top_p_head_hidden_size: int | None = None,
         features: tuple[str, ...] | list[str] = ("hidden",),
+        top_p_statistics: bool = False,
         detach_temperature: bool = False,
         temperature_range: tuple[float, float] | list[float] = (0.0, 2.0),
         top_p_range: tuple[float, float] | list[float] = (0.0, 1.0),
@@ -124,13 +140,11 @@ class AutoDecoConfig(PreTrainedConfig):
         library_version: str = __version__,
         **kwargs: Any,
     ) -> None:
-        self.policy = policy
-        self.heads = heads
-        self.head_hidden_size = head_hidden_size
-        self.features = features
+        self.policy, self.heads = policy, heads
+        self.head_hidden_size, self.top_p_head_hidden_size = head_hidden_size, top_p_head_hidden_size
+        self.features, self.top_p_statistics = features, top_p_statistics
         self.detach_temperature = detach_temperature
-        self.temperature_range = temperature_range
-        self.top_p_range = top_p_range
+        self.temperature_range, self.top_p_range = temperature_range, top_p_range
         self.actions = actions
         self.action_weights, self.mixture_per = action_weights, mixture_per
         self.entropy_rule = entropy_rule
@@ -152,11 +166,25 @@ class AutoDecoConfig(PreTrainedConfig):
         super().__init__(**_inherited(kwargs))
 
 
+def absorbed_settings(config: PreTrainedConfig | None) -> dict[str, Any]:
+    """How to run the base: what the Auto classes took from their caller and put into the adapter's config."""
+    if config is None:
+        return {}
+    taken = {name: getattr(config, f"_{name}", None) for name in sorted(_RUNTIME)}
+    return {name: value for name, value in taken.items() if value}
+
+
 def _inherited(given: dict[str, Any]) -> dict[str, Any]:
     """Of the settings that are not ours, those that transformers may have; the rest is dropped, with a warning."""
-    kept = {name: value for name, value in given.items() if name in _INHERITED or name.startswith("_")}
+    kept = {
+        name: value
+        for name, value in given.items()
+        # What runs a model (an attention may be code from the Hub) is for the caller to say, not for a file.
+        if name in _INHERITED or (name.startswith("_") and name.lstrip("_") not in _RUNTIME)
+    }
     unknown = sorted(set(given) - set(kept) - set(vars(PreTrainedConfig())) - _RUNTIME)
-    if unknown:
+    # A released checkpoint's config holds its base's, and the Auto classes make one of these of it before it is read.
+    if unknown and not is_released_format({"model_type": AutoDecoConfig.model_type, **given}):
         warnings.warn(f"settings that this version does not know are dropped: {', '.join(unknown)}.", stacklevel=3)
     for name in _INHERITED & set(kept) - {"architectures"}:
         if not isinstance(kept[name], str | os.PathLike | None):
@@ -175,14 +203,15 @@ def _check(config: AutoDecoConfig) -> None:
         )
     if config.policy not in POLICY_NAMES:
         fail("policy", config.policy, f"one of {', '.join(POLICY_NAMES)}")
-    for name in ("head_hidden_size", "policy_hidden_size"):
-        if not is_int(vars(config)[name], 1, _MAX_WIDTH):
-            fail(name, vars(config)[name], f"a whole number from 1 to {_MAX_WIDTH}")
+    for name in ("head_hidden_size", "top_p_head_hidden_size", "policy_hidden_size"):
+        value = vars(config)[name]
+        if not is_int(value, 1, _MAX_WIDTH) and not (value is None and name == "top_p_head_hidden_size"):
+            fail(name, value, f"a whole number from 1 to {_MAX_WIDTH}")
     for name in ("hidden_size", "vocab_size"):
         value = vars(config)[name]
         if value is not None and not is_int(value, 1, 1 << 24):
             fail(name, value, "a positive whole number below 2^24")
-    for name in ("detach_temperature", "deterministic"):
+    for name in ("detach_temperature", "deterministic", "top_p_statistics"):
         if not isinstance(vars(config)[name], bool):
             fail(name, vars(config)[name], "true or false")
     _check_budgets(config)
@@ -190,6 +219,8 @@ def _check(config: AutoDecoConfig) -> None:
         value = vars(config)[name]
         if value is not None and not isinstance(value, str):
             fail(name, value, "a string")
+    if not is_revision(config.base_model_revision or "main"):
+        fail("base_model_revision", config.base_model_revision, "a branch, a tag or a commit, and no path")
     _check_heads(config)
     _check_actions(config)
     _check_baselines(config)
@@ -201,6 +232,11 @@ def _check_heads(config: AutoDecoConfig) -> None:
         ok = isinstance(value, list | tuple) and value and all(isinstance(v, str) and v in allowed for v in value)
         if not ok or len(set(value)) != len(value):
             fail(name, value, f"a list of one or more of {allowed}, each once")
+    for name in ("top_p_statistics", "top_p_head_hidden_size"):
+        if vars(config)[name] and (config.policy != "heads" or "top_p" not in config.heads):
+            raise AdapterConfigError(
+                f'`{name}` is for a top-p head; policy "{config.policy}" with `heads` {config.heads} has none.'
+            )
     for name, top in (("temperature_range", 100.0), ("top_p_range", 1.0)):
         value = vars(config)[name]
         ok = isinstance(value, list | tuple) and len(value) == 2 and all(is_number(v) for v in value)
@@ -268,6 +304,28 @@ def read_config(path: str | os.PathLike[str]) -> AutoDecoConfig:
     Raises:
         [`AdapterConfigError`]: If the file is over 1 MiB, is no JSON object, is no adapter's, or holds a bad setting.
     """
+    values = read_settings(path)
+    if values.get("model_type") != AutoDecoConfig.model_type:
+        raise AdapterConfigError(
+            f"{path} has model_type {values.get('model_type')!r}; a decoding adapter's is 'autodeco'. Is this the "
+            "folder of a base model? Wrap that with `AutoDecoForCausalLM.from_base`."
+        )
+    if is_released_format(values):
+        raise AdapterConfigError(
+            f"{path} is of AutoDeco's released format, whose settings are not an adapter's; make an adapter of it: "
+            "`hf-adaptive-decode convert SOURCE TARGET --to adapter`."
+        )
+    config: AutoDecoConfig = AutoDecoConfig.from_dict(values)
+    return config
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """
+    The settings in a `config.json`, unchecked but for their number.
+
+    Raises:
+        [`AdapterConfigError`]: If the file is over 1 MiB or is no JSON object.
+    """
     if os.path.getsize(path) > MAX_CONFIG_BYTES:
         raise AdapterConfigError(f"{path} has {os.path.getsize(path)} bytes; an adapter's config has at most 1 MiB.")
     try:
@@ -277,13 +335,7 @@ def read_config(path: str | os.PathLike[str]) -> AutoDecoConfig:
         raise AdapterConfigError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise AdapterConfigError(f"{path} holds a JSON {type(values).__name__}; an adapter's config is an object.")
-    if values.get("model_type") != AutoDecoConfig.model_type:
-        raise AdapterConfigError(
-            f"{path} has model_type {values.get('model_type')!r}; a decoding adapter's is 'autodeco'. Is this the "
-            "folder of a base model? Wrap that with `AutoDecoForCausalLM.from_base`."
-        )
-    config: AutoDecoConfig = AutoDecoConfig.from_dict(values)
-    return config
+    return values
 
 
 AutoConfig.register(AutoDecoConfig.model_type, AutoDecoConfig, exist_ok=True)

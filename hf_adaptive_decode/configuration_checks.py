@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
 from .errors import AdapterConfigError, SamplingParameterError
@@ -16,8 +18,21 @@ ENTROPY_RULES: dict[str, dict[str, tuple[float, float, float | None]]] = {
     "dynatemp": {"low": (0.0, 100.0, None), "high": (0.0, 100.0, None), "exponent": (1e-2, 100.0, 1.0)},
 }
 _OF_EVERY_RULE: dict[str, tuple[float, float, float | None]] = {"top_p": (0.0, 1.0, 1.0)}
+# What the configs of AutoDeco's released checkpoints have and ours do not.
+_RELEASED_CLASS = "AutoDecoModelForCausalLM"
+_RELEASED_SETTINGS = {"enable_temperature_head", "enable_top_p_head", "use_enhanced_features"}
+# Of git's names those that are nothing else to a file system or in an address.
+_REVISION = re.compile(r"\w[\w.+@-]*(/[\w.+@-]+)*")
 _MAX_ACTIONS = 4096
 _MAX_PRIORS = 64
+
+
+def is_released_format(settings: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of a checkpoint as AutoDeco's authors released them, rather than an adapter's."""
+    if settings.get("model_type") != "autodeco" or "policy" in settings or "format_version" in settings:
+        return False
+    named = settings.get("architectures")
+    return (isinstance(named, list) and _RELEASED_CLASS in named) or bool(_RELEASED_SETTINGS & set(settings))
 
 
 def fail(name: str, value: object, wanted: str) -> NoReturn:
@@ -34,6 +49,11 @@ def is_number(value: object) -> bool:
     """Whether `value` is a finite number."""
     # Compared rather than converted: a JSON file may hold whole numbers that no float does.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_revision(value: str) -> bool:
+    """Whether `value` may be a branch, tag or commit, which caches make folders of."""
+    return ".." not in value and _REVISION.fullmatch(value) is not None
 
 
 def check_actions(actions: Any, weights: Any) -> None:

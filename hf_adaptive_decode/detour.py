@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 _INSTEAD: ContextVar[Callable[[], Any] | None] = ContextVar("hf_adaptive_decode_instead", default=None)
 
 
@@ -15,7 +17,8 @@ class Detour:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own call, but for a job."""
-        job = _INSTEAD.get()
+        # Compiled code knows no context, and no trainer compiles its loss.
+        job = None if torch.compiler.is_dynamo_compiling() else _INSTEAD.get()
         return super().__call__(*args, **kwargs) if job is None else job()  # type: ignore[misc]
 
     @contextmanager

@@ -31,6 +31,26 @@ class UnsupportedGenerationError(AdaptiveDecodeError, ValueError):
     """A generation mode in which the adapter could not act as trained."""
 
 
+class UnknownAdapterError(AdaptiveDecodeError, KeyError):
+    """No adapter, or another one already, goes by a name; the message lists those that do."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message in quotes
+
+
+class PushError(AdaptiveDecodeError):
+    """
+    An adapter did not get to the Hub; the message says why, where it is kept, and how to send it again.
+
+    Attributes:
+        folder (`str`, *optional*): Where the adapter is kept; `None` if it could not be written either.
+        repo_id (`str`): Where it should have gone.
+    """
+
+    def __init__(self, message: str, folder: str | None, repo_id: str) -> None:
+        super().__init__(message)
+        self.folder, self.repo_id = folder, repo_id
+
+
 class MissingExtraError(AdaptiveDecodeError, ImportError):
     """An optional dependency is not installed; the message holds the install command."""
 

@@ -11,6 +11,10 @@ from .types import DecodeState
 
 FEATURES = ("hidden", "entropy", "statistics")
 STATISTICS = ("max_probability", "entropy", "variance", "top5_mass")
+# AutoDeco's released heads were trained with it in both places, so it is part of their formula.
+_SCALED_EPSILON = 1e-8
+# exp(-200) is 0 in fp32; a scaled logit further down, or -inf, would turn 0 * inf into NaN.
+_LOWEST_SCALED = -200.0
 
 
 def logit_statistics(logits: torch.Tensor) -> torch.Tensor:
@@ -39,6 +43,40 @@ def logit_statistics(logits: torch.Tensor) -> torch.Tensor:
     return torch.stack([top[..., 0], entropy.clamp(min=0.0), variance.clamp(min=0.0), top.sum(-1)], dim=-1)
 
 
+def scaled_statistics(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """
+    `STATISTICS` of p = softmax(l / (T + 1e-8)): max p, −Σ p log(p + 1e-8), the unbiased variance of p, top-5 mass.
+
+    They differ from [`logit_statistics`] in that they see the temperature, and in the variance, which is not scaled.
+
+    Args:
+        logits (`torch.Tensor` of shape `[..., V]`): Any float dtype; computed in fp32. No gradient reaches them.
+        temperature (`torch.Tensor` of shape `[...]`): T; the statistics carry its gradient if it requires one.
+
+    Returns:
+        `torch.Tensor` of shape `[..., 4]`, `torch.float32`, on the device of `temperature`.
+    """
+    with torch.no_grad():
+        scale = temperature.to(logits.device, torch.float32).unsqueeze(-1) + _SCALED_EPSILON
+        scaled = (logits.float() - logits.amax(dim=-1, keepdim=True).float()).div_(scale).clamp_(min=_LOWEST_SCALED)
+        p = scaled.softmax(dim=-1)
+        log_p = (p + _SCALED_EPSILON).log_()
+        top = p.topk(min(5, p.shape[-1]), dim=-1)
+        entropy = -(p * log_p).sum(-1)
+        values = torch.stack([top.values[..., 0], entropy, p.var(dim=-1), top.values.sum(-1)], dim=-1)
+        values = values.to(temperature.device)
+    if not (temperature.requires_grad and torch.is_grad_enabled()):
+        return values
+    with torch.no_grad():
+        # dp/dT = −p (v − Σ p v) / T, by which each of the four follows; so no [..., V] tensor stays in the graph.
+        d_p = p * (scaled - (p * scaled).sum(-1, keepdim=True)) / -scale
+        d_entropy = -(d_p * (log_p + p / (p + _SCALED_EPSILON))).sum(-1)
+        d_variance = 2 * (p * d_p).sum(-1) / (p.shape[-1] - 1)
+        d_top = d_p.gather(-1, top.indices)
+        slopes = torch.stack([d_top[..., 0], d_entropy, d_variance, d_top.sum(-1)], dim=-1).to(temperature.device)
+    return values + slopes * (temperature - temperature.detach()).unsqueeze(-1)
+
+
 def context_width(features: Sequence[str], hidden_size: int) -> int:
     """Width of what [`context`] gives."""
     widths = {"hidden": hidden_size, "entropy": 1, "statistics": len(STATISTICS)}
@@ -64,6 +102,6 @@ def context(state: DecodeState, features: Sequence[str]) -> torch.Tensor:
     parts: dict[str, torch.Tensor] = {"hidden": state.hidden.float()}
     if reads_logits(features):
         with torch.no_grad():
-            parts["statistics"] = logit_statistics(cast(torch.Tensor, state.logits))
+            parts["statistics"] = logit_statistics(cast(torch.Tensor, state.logits)).to(state.hidden.device)
             parts["entropy"] = parts["statistics"][..., 1:2]
     return torch.cat([parts[name] for name in features], dim=-1)

@@ -1,35 +1,28 @@
-"""What one `generate` call of an adaptive model keeps: budget, hook, processor, trace; knows no policy's inside."""
+"""What one `generate` call of an adaptive model keeps: budget, states, processor, trace; knows no policy's inside."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import LogitNormalization
-from transformers.utils import ModelOutput
+from transformers.generation.candidate_generator import CandidateGenerator
 
 from .budget import ResolvedBudget
-from .errors import BudgetError, UnsupportedGenerationError
-from .policies import DecodingPolicy
+from .capture import Capture, current_call, drafting, listening
+from .errors import AdaptiveDecodeError, BudgetError, UnsupportedGenerationError
+from .policies import DecodingPolicy, RowPolicies
 from .sampler import AdaptiveSamplerLogitsProcessor
-from .tap import HiddenStateTap, mean_over_prompt
-from .types import DecodingTrace, SamplingParameters
-from .warping import check_scalars
+from .settings import behind_constraints, explicit_parameters, neutralise
+from .tap import mean_over_prompt
+from .types import DecodingTrace
 
-_WARPED_HERE = ("temperature", "top_k", "top_p", "min_p")
-# transformers' other warpers, switched off unless the caller asked for them.
-_OTHER_WARPERS = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
-# Modes in which a row's scores and the tapped hidden state would not belong together.
+# Modes whose distribution is not one a step that an adapter could take the place of.
 _REFUSED = {
-    "assistant_model": "assisted generation",
-    "prompt_lookup_num_tokens": "prompt lookup",
-    "assistant_early_exit": "assisted generation",
     "penalty_alpha": "contrastive search",
     "dola_layers": "DoLa",
     "force_words_ids": "constrained beam search",
@@ -37,74 +30,13 @@ _REFUSED = {
 }
 
 
-def requested_settings(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the caller of `generate` set, by keyword or `generation_config`; the model's own config is not asked."""
-    own = {} if generation_config is None else generation_config.to_dict()
-    asked = {name: value for name, value in {**own, **kwargs}.items() if value is not None}
-    if asked.get("do_sample") is True and asked.get("temperature") == 0:
-        # transformers refuses the pair. Evaluation harnesses pass it where a task samples and names no temperature.
-        del asked["temperature"]
-    return asked
-
-
-def wants_adapter(requested: dict[str, Any]) -> bool:
-    """Whether a call samples token by token: `do_sample=False` and beams are the base model's own."""
-    return requested.get("do_sample", True) is not False and requested.get("num_beams", 1) == 1
-
-
-def count_prompts(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
-    """Rows of the batch before `generate` repeats them; an empty batch or prompt is refused here."""
-    found = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")]
-    tensors = [t for t in (inputs, *found) if isinstance(t, torch.Tensor)]
-    if not tensors:
-        return 1
-    if any(t.shape[0] == 0 for t in tensors):
-        raise BudgetError("the batch is empty (0 rows); `generate` needs at least one prompt.")
-    if all(t.dim() > 1 and t.shape[1] == 0 for t in tensors):
-        raise BudgetError("the prompts are empty (0 tokens); start them with the tokenizer's bos token.")
-    return tensors[0].shape[0]
-
-
-def budget_settings(budget: ResolvedBudget, requested: dict[str, Any]) -> dict[str, int]:
-    """The budget as transformers' own settings, `max_new_tokens` and `num_return_sequences`."""
-    limits = {}
-    if budget.longest is not None:
-        limits["max_new_tokens"] = min(budget.longest, requested.get("max_new_tokens", budget.longest))
-    if budget.samples is not None:
-        asked = requested.get("num_return_sequences", budget.samples)
-        if asked != budget.samples:
-            raise BudgetError(
-                f"`budget` asks for {budget.samples} samples and `num_return_sequences` for {asked}; pass one of them."
-            )
-        limits["num_return_sequences"] = budget.samples
-    return limits
-
-
-def count_new_tokens(output: ModelOutput, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
-    """Tokens that a `generate` call added; with `inputs_embeds` alone its sequences hold nothing else."""
-    prompt = inputs if inputs is not None else kwargs.get("input_ids")
-    return int(output.sequences.shape[1]) - (0 if prompt is None else prompt.shape[1])
-
-
-def forget_defaults(config: GenerationConfig, chosen: dict[str, Any]) -> None:
-    """
-    Takes out of a config what its maker did not choose.
-
-    Pipelines of transformers up to 5.17 prepare a config once and pass it to every call, where their defaults, and the
-    base's, would look like the caller's choice.
-    """
-    for name in (*_WARPED_HERE, *_OTHER_WARPERS, "do_sample"):
-        if name not in chosen:
-            setattr(config, name, None)
-
-
 class GenerationSession:
     """
     The state of one call, never shared between calls or threads.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The wrapped model.
-        policy ([`DecodingPolicy`], *optional*): `None` leaves the sampling to the base model.
+        capture ([`Capture`]): The model's hook.
+        policy ([`DecodingPolicy`] or [`RowPolicies`], *optional*): `None` leaves the sampling to the base model.
         requested (`dict`): What the caller set.
         budget ([`ResolvedBudget`]): The checked budget.
         prompts (`int`): Prompts in the batch.
@@ -116,43 +48,42 @@ class GenerationSession:
 
     def __init__(
         self,
-        model: nn.Module,
-        policy: DecodingPolicy | None,
+        capture: Capture,
+        policy: DecodingPolicy | RowPolicies | None,
         requested: dict[str, Any],
         budget: ResolvedBudget,
         prompts: int,
         record: bool,
     ) -> None:
+        self._capture = capture
         self._policy = policy
         self._requested = requested
         self._budget = budget
         self._prompts = prompts
         self._record = record
         self._processor: AdaptiveSamplerLogitsProcessor | None = None
+        self._heard: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
+        # With a draft, the length of prompt, text and draft; the hidden states end there.
+        self._drafted: int | None = None
+        # Whether a `generate` call within this one was decided by an adapter.
+        self._passed_on = False
         self._done: list[torch.Tensor] = []
-        self._pools = policy is not None and policy.config.pooling == "mean"
+        self._pools = policy is not None and policy.pools_prompt
         self._prompt_mask: torch.Tensor | None = None
         self._prompt_mean: torch.Tensor | None = None
-        self._tap = None
-        if policy is not None:
-            self._tap = HiddenStateTap(model, is_listening=lambda: _CURRENT.get() is self, keeps_all=self._pools)
-        self._explicit = {name: requested[name] for name in _WARPED_HERE if name in requested}
-        if policy is not None:
-            check_scalars(SamplingParameters(**self._explicit))
+        self._explicit = explicit_parameters(requested) if policy is not None else {}
         self._refuse_unsupported()
 
     def _refuse_unsupported(self) -> None:
-        if self._tap is None:
+        if self._policy is None:
             if self._record:
                 raise UnsupportedGenerationError(
                     "`output_decoding_trace=True` traces the adapter, which does not act in this call (it is disabled, "
                     "or `do_sample=False` or beams were asked for); drop one of the two."
                 )
             return
-        paged = self._requested.get("cache_implementation") == "paged"
         modes = [mode for name, mode in _REFUSED.items() if name in self._requested]
-        modes += ["continuous batching"] if paged else []
         modes += ["chunked prefill"] if self._pools and "prefill_chunk_size" in self._requested else []
         if modes:
             raise UnsupportedGenerationError(
@@ -160,29 +91,47 @@ class GenerationSession:
                 "model's own sampling: `with model.disable_adapter(): ...`."
             )
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether an adapter takes part."""
+        return self._policy is not None
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Makes this the current session; on leaving, whatever happened, no hook and no tensor stays behind."""
-        token = _CURRENT.set(self)
-        if self._tap is not None:
-            self._tap.open()
+        """Makes this the thread's current call; on leaving, whatever happened, no tensor stays behind."""
+        outer = current_call()
         try:
-            yield
+            with listening(self):
+                yield
         finally:
-            _CURRENT.reset(token)
-            self._hidden = self._prompt_mean = None
-            if self._tap is not None:
-                self._tap.close()
+            if isinstance(outer, GenerationSession) and self._was_asked():
+                outer._passed_on = True
+            self._heard = self._hidden = self._prompt_mean = None
+            self._capture.take_compiled()
+
+    def check_asked(self, custom: Any) -> None:
+        """Raises [`UnsupportedGenerationError`] if a decoding loop of the caller's asked no logits processor."""
+        if custom is not None and self._policy is not None and not self._was_asked():
+            raise UnsupportedGenerationError(
+                f"`custom_generate={custom!r}` called no logits processor, so the adapter took no part in it; let the "
+                "loop call `logits_processor(input_ids, logits)`, or use it within `model.disable_adapter()`."
+            )
+
+    def _was_asked(self) -> bool:
+        return self._passed_on or self._hidden is not None
+
+    def hear(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Keeps the hidden states of a forward pass; of a prompt to be pooled, only the last reaches the logits."""
+        if self._policy is None:
+            return None
+        self._heard = hidden
+        return hidden[:, -1:] if self._pools and self._prompt_mean is None else None
 
     def prepare_config(self, config: GenerationConfig) -> None:
-        """Turns sampling on and transformers' warpers off: the policy decides, and all warping happens in one place."""
-        if self._tap is None:
+        """Leaves the sampling to the policy, if there is one."""
+        if self._policy is None:
             return
-        config.do_sample, config.num_beams = True, 1
-        config.temperature, config.top_k, config.top_p, config.min_p = 1.0, 0, 1.0, None
-        for name in _OTHER_WARPERS:
-            if name not in self._requested:
-                setattr(config, name, None)
+        neutralise(config, self._requested)
 
     def forward_settings(self, model: nn.Module) -> dict[str, int]:
         """What the base's forward is asked for besides: to mean over a prompt, its positions must reach the tap."""
@@ -197,7 +146,7 @@ class GenerationSession:
         model_kwargs: dict[str, Any] | None,
     ) -> LogitsProcessorList:
         """Ours goes behind every constraint and in front of watermark and normalisation."""
-        if self._tap is None or self._policy is None:
+        if self._policy is None:
             return processors
         self._prompt_mask = (model_kwargs or {}).get("attention_mask")
         rows = self._rows(config)
@@ -216,21 +165,53 @@ class GenerationSession:
             record=self._record,
             read_prompt_mean=lambda: self._prompt_mean,
         )
-        last = len(processors)
-        if last and isinstance(processors[last - 1], LogitNormalization):
-            last -= 1
-        if config.watermarking_config is not None:
-            last -= 1
+        last = behind_constraints(processors, config)
         # A processor may run the model itself (classifier-free guidance does), so the hidden state is taken first.
         return LogitsProcessorList([_TakeHidden(self), *processors[:last], self._processor, *processors[last:]])
 
-    def take_hidden(self) -> None:
-        """Keeps the hidden state of the forward pass that made the scores now being processed."""
-        if self._tap is None:
-            return
-        self._hidden = self._tap.last_position()
+    def take_hidden(self, length: int) -> None:
+        """
+        Keeps the hidden state of the forward pass that made the scores now being processed.
+
+        Args:
+            length (`int`): Tokens in front of the one to be sampled, as the processors are told.
+        """
+        hidden = self._capture.take_compiled()
+        hidden = hidden if hidden is not None else self._heard
+        if hidden is None:
+            raise AdaptiveDecodeError(
+                "no hidden state has reached the model's output embedding: code that was compiled before the model was "
+                "wrapped does not hear of it; compile it afterwards."
+            )
+        self._heard = hidden
+        behind = 0 if self._drafted is None else self._drafted - length
+        self._hidden = hidden[:, hidden.shape[1] - 1 - behind] if hidden.dim() == 3 else hidden
         if self._pools and self._prompt_mean is None:
-            self._prompt_mean = mean_over_prompt(self._tap.every_position(), self._prompt_mask)
+            self._prompt_mean = mean_over_prompt(hidden, self._prompt_mask)
+
+    def keep_apart(self, drafts: CandidateGenerator) -> CandidateGenerator:
+        """Lets a candidate generator make its drafts unheard and without the adapter, and notes how long they are."""
+        if self._pools:
+            raise UnsupportedGenerationError(
+                "assisted generation does not go with a policy that reads the mean over the prompt; generate without a "
+                "draft, or without the adapter: `with model.disable_adapter(): ...`."
+            )
+        make = drafts.get_candidates
+
+        def get_candidates(*args: Any, **kwargs: Any) -> tuple[torch.LongTensor, torch.Tensor | None]:
+            with drafting():
+                ids, logits = make(*args, **kwargs)
+            self._drafted = ids.shape[1]
+            return ids, logits
+
+        # On the object, whose class transformers looks at when it is done.
+        drafts.get_candidates = get_candidates  # type: ignore[method-assign]
+        return drafts
+
+    def without_adapter(self, processors: LogitsProcessorList) -> LogitsProcessorList:
+        """The processors that a draft may see."""
+        ours = (_TakeHidden, AdaptiveSamplerLogitsProcessor)
+        return LogitsProcessorList([p for p in processors if not isinstance(p, ours)])
 
     def _taken(self) -> torch.Tensor:
         return cast(torch.Tensor, self._hidden)
@@ -254,18 +235,13 @@ class GenerationSession:
 
     def trace(self, new_tokens: int) -> DecodingTrace:
         """The trace of the finished call, with one column a new token."""
-        done = torch.stack([row_done.clone() for row_done in self._done[:new_tokens]], dim=1)
-        ended = done.cummax(dim=1).values.roll(1, dims=1)
-        ended[:, 0] = False
+        if self._drafted is not None:  # one row, and several tokens between two looks at the stopping criteria
+            ended = torch.zeros(1, new_tokens, dtype=torch.bool, device=self._done[0].device)
+        else:
+            done = torch.stack([row_done.clone() for row_done in self._done[:new_tokens]], dim=1)
+            ended = done.cummax(dim=1).values.roll(1, dims=1)
+            ended[:, 0] = False
         return cast(AdaptiveSamplerLogitsProcessor, self._processor).trace(ended)
-
-
-_CURRENT: ContextVar[GenerationSession | None] = ContextVar("hf_adaptive_decode_session", default=None)
-
-
-def current_session() -> GenerationSession | None:
-    """The session of the `generate` call that this thread is in."""
-    return _CURRENT.get()
 
 
 class _TakeHidden(LogitsProcessor):
@@ -273,7 +249,7 @@ class _TakeHidden(LogitsProcessor):
         self._session = session
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        self._session.take_hidden()
+        self._session.take_hidden(input_ids.shape[1])
         return scores
 
 

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from .adapters import BASE, DEFAULT, DecodingAdapters, check_adapter_name, config_for
+from .batching import ContinuousBatching, refuse_in_batches
 from .budget import resolve_budget
-from .configuration import AutoDecoConfig, read_config
+from .capture import Capture, current_call, is_drafting
+from .configuration import AutoDecoConfig, absorbed_settings
 from .detour import Detour
 from .errors import AdapterConfigError, AdapterLoadError, UnsupportedGenerationError
-from .generation import (
-    GenerationSession,
+from .generation import GenerationSession
+from .hub.bases import load_at_one_commit
+from .hub.peft_layers import unwrap_peft
+from .policies import DecodingPolicy, RowPolicies, build_policy
+from .settings import (
+    base_sampling,
     budget_settings,
     count_new_tokens,
     count_prompts,
-    current_session,
     forget_defaults,
+    own_config,
+    put_settings,
+    refuse_padding_alone,
+    refuse_untraceable,
     requested_settings,
     wants_adapter,
 )
-from .hub.bases import base_name, fingerprint, load_base
-from .hub.card import publish_card, update_card
-from .hub.static_setting import SPECIAL_TOKENS
-from .hub.store import load_adapter, locate, push_folder, save_adapter
-from .policies import DecodingPolicy, build_policy
-from .tap import output_device, output_embedding_shape
-
-_HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
-
+from .storage import StoredAdapters, open_adapter
+from .tap import output_device, output_embedding
 
 if TYPE_CHECKING:  # what it is once `_attach` has put it in front of a base's class
     from transformers import PreTrainedModel as _Base
@@ -42,7 +43,7 @@ else:
     _Base = object
 
 
-class AutoDecoForCausalLM(Detour, _Base):
+class AutoDecoForCausalLM(StoredAdapters, DecodingAdapters, ContinuousBatching, Detour, _Base):
     """
     A causal language model that decides for itself how each token is sampled.
 
@@ -52,49 +53,40 @@ class AutoDecoForCausalLM(Detour, _Base):
     only [`~AutoDecoForCausalLM.generate`] differs.
 
     Attributes:
-        decoding_adapter ([`DecodingPolicy`]): The policy, a submodule of the model.
+        decoding_adapter ([`DecodingPolicy`]): The active adapter's policy, a submodule of the model.
         decoding_config ([`AutoDecoConfig`]): Its settings; `config` stays the base model's.
     """
 
     config_class = AutoDecoConfig
-    decoding_adapter: DecodingPolicy
-    decoding_config: AutoDecoConfig
-    _adapter_enabled: bool = True
 
     @classmethod
     def from_base(
         cls,
         base_model: PreTrainedModel | str | os.PathLike[str],
         config: AutoDecoConfig | None = None,
+        *,
+        adapter_name: str = DEFAULT,
         **kwargs: Any,
     ) -> AutoDecoForCausalLM:
         """
         Puts a fresh adapter on a base model, whose parameters stop requiring gradients and never change.
 
         Args:
-            base_model ([`~transformers.PreTrainedModel`] or `str`): The model (which is changed in place into an
-                adaptive one) or its folder or Hub id.
+            base_model ([`~transformers.PreTrainedModel`], `peft.PeftModel` or `str`): The model (which is changed in
+                place into an adaptive one) or its folder or Hub id. A LoRA stays in it and is saved with the adapter.
             config ([`AutoDecoConfig`], *optional*): The adapter's settings; temperature and top-p heads by default.
+            adapter_name (`str`, defaults to `"default"`): What the adapter is called among others.
             kwargs: For `AutoModelForCausalLM.from_pretrained` where an id is given.
 
         Raises:
             [`AdapterConfigError`]: If the config is for another width or vocabulary, or the model has an adapter.
         """
-        if not isinstance(base_model, torch.nn.Module):
-            base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
-        vocab_size, hidden_size = output_embedding_shape(base_model)
-        config = copy.deepcopy(config) if config is not None else AutoDecoConfig()
-        for name, value in (("hidden_size", hidden_size), ("vocab_size", vocab_size)):
-            if vars(config)[name] not in (None, value):
-                raise AdapterConfigError(
-                    f"`{name}` is {vars(config)[name]} and {type(base_model).__name__} has {value}; leave it out."
-                )
-            setattr(config, name, value)
-        config.base_model_name_or_path = config.base_model_name_or_path or base_name(base_model)
-        config.base_model_revision = config.base_model_revision or getattr(base_model.config, "_commit_hash", None)
-        config.base_fingerprint = fingerprint(base_model)
+        if not isinstance(base_model, nn.Module):
+            base_model = load_at_one_commit(base_model, **kwargs)
+        base_model = unwrap_peft(base_model)
+        config = config_for(base_model, config or AutoDecoConfig())
         policy = build_policy(config).to(output_device(base_model))
-        return _attach(base_model, policy, config)
+        return _attach(base_model, policy, config, adapter_name, is_trainable=True)
 
     @classmethod
     def from_pretrained(
@@ -106,91 +98,38 @@ class AutoDecoForCausalLM(Detour, _Base):
         revision: str | None = None,
         config: AutoDecoConfig | None = None,
         is_trainable: bool = False,
+        adapter_name: str = DEFAULT,
         **kwargs: Any,
     ) -> AutoDecoForCausalLM:
         """
         Loads an adapter, and the base model it was trained on.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id of the adapter.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id of the adapter, or of a released
+                AutoDeco checkpoint, which may hold its base model too.
             base_model ([`~transformers.PreTrainedModel`] or `str`, *optional*): Base to use instead of the one that
                 the adapter names; a model object is changed in place.
             subfolder, revision (`str`, *optional*): Where on the Hub the adapter lies.
             config ([`AutoDecoConfig`], *optional*): Accepted for the Auto classes; the adapter's own file is read.
             is_trainable (`bool`, defaults to `False`): Whether the adapter's parameters require gradients.
+            adapter_name (`str`, defaults to `"default"`): What the adapter is called among others.
             kwargs: As `AutoModelForCausalLM.from_pretrained` takes them, for the base (`dtype`, `device_map`, ...);
-                `token`, `cache_dir`, `local_files_only` and `force_download` serve both.
+                `token`, `cache_dir`, `local_files_only` and `force_download` serve both; `max_weight_bytes` and
+                `max_peft_bytes` bound what is loaded of an adapter and of a LoRA beside it.
 
         Raises:
             [`AdapterLoadError`], [`AdapterConfigError`]: If the adapter is damaged or does not fit the base.
         """
-        del config  # read again from the file, with this library's checks
-        limit = {"max_weight_bytes": kwargs.pop("max_weight_bytes")} if "max_weight_bytes" in kwargs else {}
+        kwargs = absorbed_settings(config) | kwargs  # of the config nothing else: it is read again, with our checks
         kwargs.pop("adapter_kwargs", None)  # the Auto classes add it, for PEFT
-        shared = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-        files = locate(pretrained_model_name_or_path, subfolder=subfolder, revision=revision, **limit, **shared)
-        settings = read_config(files.config)
-        if base_model is None:
-            kwargs.setdefault("revision", settings.base_model_revision or "main")
-            base_model = load_base(settings.base_model_name_or_path, files.source, files.is_remote, **kwargs)
-        elif not isinstance(base_model, torch.nn.Module):
-            base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
-        policy = load_adapter(files, cast(PreTrainedModel, base_model), settings, **limit)
-        model = _attach(base_model, policy.requires_grad_(is_trainable), settings)
+        check_adapter_name(adapter_name)
+        if isinstance(base_model, nn.Module):  # before anything is put into it
+            _refuse_unfit(unwrap_peft(base_model))
+        where = {"subfolder": subfolder, "revision": revision}
+        base, policy, settings = open_adapter(pretrained_model_name_or_path, base_model, is_trainable, where, kwargs)
+        model = _attach(base, policy, settings, adapter_name, is_trainable)
         model.eval()
         return model
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Writes the adapter alone: `config.json`, `model.safetensors`, `generation_config.json` and a model card.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): Made if it is not there; other files in it are left alone.
-            is_main_process (`bool`, defaults to `True`): Other processes write nothing.
-            push_to_hub (`bool`, defaults to `False`): Also uploads, to `repo_id` or the folder's name.
-            kwargs: `repo_id` and the other arguments of [`~AutoDecoForCausalLM.push_to_hub`].
-        """
-        if not is_main_process:
-            return
-        save_adapter(self.decoding_adapter, self.decoding_config, save_directory)
-        tokens = {name: vars(self.generation_config).get(name) for name in SPECIAL_TOKENS}
-        GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, **tokens).save_pretrained(save_directory)
-        update_card(save_directory, self.decoding_config)
-        if push_to_hub:
-            names = ("token", "private", "revision", "create_pr", "commit_message")
-            repo_id = kwargs.get("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(repo_id, card_folder=save_directory, **{n: kwargs[n] for n in names if n in kwargs})
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload decoding adapter",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        card_folder: str | os.PathLike[str] | None = None,
-    ) -> str:
-        """
-        Uploads what [`~AutoDecoForCausalLM.save_pretrained`] writes, and makes the repository if there is none.
-
-        The repository's model card is brought up to date, or that of `card_folder` goes along with its results.
-
-        Returns:
-            `str`: Address of the commit.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            publish_card(folder, self.decoding_config, repo_id, card_folder, token, revision)
-            how = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
-            return push_folder(folder, repo_id, token, private, **how)
 
     def generate(
         self,
@@ -198,6 +137,7 @@ class AutoDecoForCausalLM(Detour, _Base):
         generation_config: GenerationConfig | None = None,
         *args: Any,
         budget: Any = None,
+        adapter_names: Sequence[str] | None = None,
         output_decoding_trace: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -212,6 +152,8 @@ class AutoDecoForCausalLM(Detour, _Base):
             inputs, generation_config, args, kwargs: As the base model's `generate` takes them.
             budget (`int`, sequence of `int`, or [`Budget`], *optional*): New tokens per sequence, for all prompts or
                 one number a prompt, at which each row stops; with `Budget(samples=B)` also B sequences a prompt.
+            adapter_names (sequence of `str`, *optional*): The adapter of each prompt; `"__base__"` for the base model's
+                own sampling. By default the active adapter decides for all.
             output_decoding_trace (`bool`, defaults to `False`): With `return_dict_in_generate=True`, adds
                 `decoding_trace` ([`DecodingTrace`]) to the output.
 
@@ -220,129 +162,136 @@ class AutoDecoForCausalLM(Detour, _Base):
 
         Raises:
             [`BudgetError`]: If the budget is no positive whole number or does not fit the batch.
+            [`UnknownAdapterError`]: If an adapter's name is not known.
             [`UnsupportedGenerationError`]: If the adapter could not act as trained in the mode asked for.
             [`LogitsError`]: If the model's logits are NaN or +inf; names step and row.
         """
         requested = requested_settings(generation_config, kwargs)
         prompts = count_prompts(inputs, kwargs)
-        own = vars(self.generation_config)
-        given = budget if budget is not None else requested.get("budget", own.get("budget"))
+        given = budget if budget is not None else requested.get("budget", vars(self.generation_config).get("budget"))
         resolved = resolve_budget(given, prompts)
-        active = self._adapter_enabled and wants_adapter(requested)
-        settings: dict[str, Any] = budget_settings(resolved, requested)
+        active = self._adapter_enabled and not is_drafting() and wants_adapter(requested)
         if active:
-            settings["do_sample"] = True  # transformers validates several samples against it
+            refuse_padding_alone(kwargs.get("attention_mask"))
+        if active and requested.get("cache_implementation") == "paged":
+            refuse_in_batches(adapter_names=adapter_names, output_decoding_trace=output_decoding_trace or None)
+            return self.generate_paged(inputs, generation_config, resolved, requested, *args, **kwargs)
+        settings: dict[str, Any] = budget_settings(resolved, requested)
+        policy = self._policy_for(adapter_names, prompts, requested | settings) if active else None
+        settings |= {"do_sample": True} if active else {}  # transformers validates several samples against it
         requested |= settings
-        if generation_config is not None:
-            generation_config = copy.deepcopy(generation_config)
-            generation_config.update(**settings)
-            settings = {name: value for name, value in settings.items() if name in kwargs}
-        kwargs |= settings
-        returns_dict = requested.get("return_dict_in_generate", own.get("return_dict_in_generate"))
-        if output_decoding_trace and not returns_dict:
-            raise UnsupportedGenerationError("`output_decoding_trace=True` needs `return_dict_in_generate=True` too.")
-        policy = self.decoding_adapter if active else None
-        session = GenerationSession(self, policy, requested, resolved, prompts, output_decoding_trace)
+        generation_config = put_settings(settings, generation_config, kwargs)
+        refuse_untraceable(output_decoding_trace, requested, self.generation_config)
+        self._capture.attach(self)  # the output embedding may have been resized
+        session = GenerationSession(self._capture, policy, requested, resolved, prompts, output_decoding_trace)
         with session.running():
             output = super().generate(inputs, generation_config, *args, **kwargs, **session.forward_settings(self))
+            session.check_asked(kwargs.get("custom_generate"))
         if output_decoding_trace:
             output["decoding_trace"] = session.trace(count_new_tokens(output, inputs, kwargs))
         return output
 
+    def _get_name(self) -> str:
+        return "AutoDecoForCausalLM"  # what it prints as
+
+    def _policy_for(
+        self, names: Sequence[str] | None, prompts: int, requested: dict[str, Any]
+    ) -> DecodingPolicy | RowPolicies:
+        """The active policy, or one a row."""
+        if names is None:
+            return self.decoding_adapter
+        if isinstance(names, str) or len(names) != prompts:
+            raise UnsupportedGenerationError(
+                f"`adapter_names` is {names!r} for a batch of {prompts} prompts; pass exactly {prompts} names."
+            )
+        own = self.generation_config if BASE in names else None
+        policies = self.policies_by_row(names, base_sampling(own, requested))
+        samples = requested.get("num_return_sequences", vars(self.generation_config).get("num_return_sequences")) or 1
+        return RowPolicies([policy for policy in policies for _ in range(samples)])
+
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        session = current_session()
+        session = current_call()
         if session is not None:
             session.prepare_config(config)
-        elif self._adapter_enabled:
+        elif self._adapter_enabled and not is_drafting():
             forget_defaults(config, kwargs)
         return config, model_kwargs
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Continuous batching, with the adapter disabled; it offers no hidden states for an adapter to read."""
-        self._refuse_continuous_batching()
-        return super().generate_batch(*args, **kwargs)
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As [`~AutoDecoForCausalLM.generate_batch`]."""
-        self._refuse_continuous_batching()
-        return super().init_continuous_batching(*args, **kwargs)
-
-    def _refuse_continuous_batching(self) -> None:
-        if self._adapter_enabled:
-            raise UnsupportedGenerationError(
-                "continuous batching does not go with an active decoding adapter; use `generate`, or the base model's "
-                "own sampling: `with model.disable_adapter(): ...`."
-            )
-
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        session = current_session()
+        session = current_call()
         if session is None:
             return processors
         length = kwargs.get("input_ids_seq_length")
         return session.add_processors(processors, generation_config, length, kwargs.get("model_kwargs"))
 
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """As the base's; what a compiled pass leaves of its hidden states goes to the call that ran it."""
+        return self._capture.handing_over(super().get_compiled_call(compile_config))
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        session = current_call()
+        if session is None or not session.is_adaptive:
+            return super()._get_candidate_generator(*args, **kwargs)
+        kwargs["logits_processor"] = session.without_adapter(kwargs["logits_processor"])
+        return session.keep_apart(super()._get_candidate_generator(*args, **kwargs))
+
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        session = current_session()
+        session = current_call()
         return criteria if session is None else session.add_criteria(criteria, generation_config)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the base model, exactly."""
-        before = self._adapter_enabled
-        self._adapter_enabled = False
-        try:
-            yield
-        finally:
-            self._adapter_enabled = before
 
     def train(self, mode: bool = True) -> AutoDecoForCausalLM:
         """Puts the adapter in training mode; a frozen base stays in evaluation mode, so that its dropout is off."""
         super().train(mode)
         if mode:
             for child in self.children():
-                if child is not self.decoding_adapter and not any(p.requires_grad for p in child.parameters()):
+                if child is not self.decoding_adapters and not any(p.requires_grad for p in child.parameters()):
                     child.eval()
         return self
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters."""
-        parameters = list(self.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-    def print_trainable_parameters(self) -> None:
-        """Prints [`~AutoDecoForCausalLM.get_nb_trainable_parameters`] the way PEFT does."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(  # noqa: T201
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
 
 
 _ADAPTIVE_CLASSES: dict[type, type] = {}
 
 
-def _attach(base: PreTrainedModel, policy: DecodingPolicy, config: AutoDecoConfig) -> AutoDecoForCausalLM:
+def _refuse_unfit(base: PreTrainedModel) -> None:
+    """Raises [`AdapterConfigError`] if a model is adaptive already, and [`AdapterLoadError`] if it can never be."""
+    output_embedding(base)
     if isinstance(base, AutoDecoForCausalLM):
-        raise AdapterConfigError(f"this {type(base).__bases__[1].__name__} has a decoding adapter already.")
+        raise AdapterConfigError(
+            f"this {type(base).__bases__[1].__name__} has a decoding adapter already; give it another one with "
+            "`model.add_adapter` or `model.load_adapter`."
+        )
     if base.config.is_encoder_decoder:
         raise AdapterLoadError(f"{type(base).__name__} is an encoder-decoder; a decoding adapter needs a causal model.")
+
+
+def _attach(
+    base: PreTrainedModel, policy: DecodingPolicy, config: AutoDecoConfig, name: str, is_trainable: bool
+) -> AutoDecoForCausalLM:
+    _refuse_unfit(base)
+    check_adapter_name(name)
     kind = type(base)
     if kind not in _ADAPTIVE_CLASSES:
-        # Named like the registered class, since pipelines look the name up.
+        # Named like the base's class, since transformers looks the name up: pipelines do, and the caches of Mamba.
         body = {"config_class": kind.config_class, "__module__": __name__, "__doc__": AutoDecoForCausalLM.__doc__}
-        _ADAPTIVE_CLASSES[kind] = type("AutoDecoForCausalLM", (AutoDecoForCausalLM, kind), body)
+        _ADAPTIVE_CLASSES[kind] = type(kind.__name__, (AutoDecoForCausalLM, kind), body)
+    trained = frozenset(name for name, parameter in base.named_parameters() if parameter.requires_grad)
     base.requires_grad_(False)
     base.__class__ = _ADAPTIVE_CLASSES[kind]
     model: AutoDecoForCausalLM = base
-    # A pipeline puts a temperature of its own where the model's config names none, and generate could not tell it from
-    # the user's. The base's own object stays as it is.
-    model.generation_config = copy.deepcopy(base.generation_config)
-    if model.generation_config.temperature is None:
-        model.generation_config.temperature = 1.0
-    model.decoding_adapter = policy
-    model.decoding_config = config
+    model._of_base = (kind, base.generation_config, trained)
+    model.generation_config = own_config(base.generation_config)  # the base's own object stays as it is
+    model._capture = Capture()
+    model._capture.attach(model)
+    model.decoding_adapters, model.decoding_configs, model._is_trainable = (
+        nn.ModuleDict({name: policy.train(base.training)}),
+        {name: config},
+        {},
+    )
+    model._is_trainable[name] = is_trainable
+    model.set_adapter(name)
     return model
 
 

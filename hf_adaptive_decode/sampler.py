@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from transformers import LogitsProcessor
 from .budget import resolve_budget
 from .errors import AdaptiveDecodeError, LogitsError, UnsupportedGenerationError
 from .hub.store import load_adapter
-from .policies import DecodingPolicy
+from .policies import DecodingPolicy, RowPolicies
 from .tap import HiddenStateTap
 from .types import DecodeState, DecodingTrace, SamplingParameters
 from .warping import warp_logits
@@ -29,7 +30,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
     processor does all the warping, and transformers' own warpers, which run after it, have to be off.
 
     Args:
-        policy ([`DecodingPolicy`]): Decides the parameters of each row.
+        policy ([`DecodingPolicy`] or [`RowPolicies`]): Decides the parameters of each row.
         read_hidden (`Callable[[], torch.Tensor]`): Gives the hidden state `[rows, H]` of the step.
         explicit (`dict`, *optional*): Parameters that the caller fixed; they replace the policy's.
         token_budget (`torch.Tensor` of shape `[rows]`, `torch.long`, *optional*): Token budget b of each row.
@@ -44,7 +45,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        policy: DecodingPolicy,
+        policy: DecodingPolicy | RowPolicies,
         read_hidden: Callable[[], torch.Tensor],
         explicit: dict[str, float | int] | None = None,
         token_budget: torch.Tensor | None = None,
@@ -60,10 +61,12 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         self._parallel_samples = parallel_samples
         self._record = record
         self._read_prompt_mean = read_prompt_mean
-        self._steps: list[SamplingParameters] = []
+        self._first_length: int | None = None
+        # By step: a draft that is refused has its steps sampled again.
+        self._steps: dict[int, SamplingParameters] = {}
         self._held: SamplingParameters | None = None
         self._tap: HiddenStateTap | None = None
-        self._last_length = -1
+        self._last_text: torch.Tensor | None = None
 
     @classmethod
     def from_pretrained(
@@ -84,9 +87,9 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         Raises:
             [`AdapterLoadError`]: If the adapter cannot be read or was made for a base of another shape.
         """
+        known = resolve_budget(budget, prompts=1)
         policy = load_adapter(adapter, model, **hub_kwargs)
         tap = HiddenStateTap(model).open()
-        known = resolve_budget(budget, prompts=1)
         tokens = None if known.tokens is None else torch.tensor(known.tokens)
         processor = cls(policy, tap.last_position, token_budget=tokens, parallel_samples=known.samples)
         processor._tap = tap
@@ -103,8 +106,12 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores `[rows, V]` → warped scores `[rows, V]`, `torch.float32`."""
-        check_scores(scores, self.step)
         self._check_passes(input_ids)
+        if self._first_length is None:
+            self._first_length = input_ids.shape[1]
+        # By the text's length, not by counting: of a draft the same step may come twice.
+        self.step = input_ids.shape[1] - self._first_length
+        check_scores(scores, self.step)
         hidden = self._read_hidden()
         if hidden.shape[0] != scores.shape[0]:
             raise AdaptiveDecodeError(
@@ -115,12 +122,12 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         state = DecodeState(hidden, scores, *self._budgets(scores), prompt_mean)
         parameters = self._held
         if parameters is None:
-            parameters = self.policy(state).override(self._explicit)
+            decided = self.policy(state)
+            check_parameters(decided, self.step)
+            parameters = decided.override(self._explicit)
             self._held = parameters if self.policy.decides_once else None
-        check_parameters(parameters, self.step)
-        self.step += 1
         if self._record:
-            self._steps.append(parameters)
+            self._steps[self.step] = parameters
         return warp_logits(scores, parameters.to(scores.device))
 
     def _budgets(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -136,15 +143,16 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         """On an unwrapped model, where the hook is all there is: whose forward pass was heard last?"""
         if self._tap is None:
             return
-        passes, length = self._tap.count_passes(), input_ids.shape[1]
-        if length != self._last_length + 1:
-            self.step, self._held = 0, None  # another `generate` call has begun
-        elif passes > 1:
+        passes, begins = self._tap.count_passes(), not _goes_on(input_ids, self._last_text)
+        if begins:
+            self._first_length = self._held = None  # another `generate` call has begun
+        if passes == 0 or (passes > 1 and not begins):
             raise UnsupportedGenerationError(
-                f"the model ran {passes} times for one token (guidance and assisted generation do), so the hidden "
-                "state may be another pass's; wrap the model with `AutoDecoForCausalLM.from_pretrained` instead."
+                f"the model ran {passes} times for one token, so whose hidden state the tap heard is not known; "
+                "guidance and drafts do that, and a closed processor or another model is not heard at all. Wrap the "
+                "model with `AutoDecoForCausalLM.from_pretrained` instead."
             )
-        self._last_length = length
+        self._last_text = input_ids
 
     def trace(self, ended: torch.Tensor) -> DecodingTrace:
         """
@@ -154,7 +162,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
             ended (`torch.Tensor` of shape `[rows, new_tokens]`, `torch.bool`): Steps after a row's end.
         """
         rows, steps = ended.shape
-        recorded = self._steps[:steps]
+        recorded = [self._steps[step] for step in range(steps)]
 
         def column(name: str, off: float) -> torch.Tensor:
             values = [torch.as_tensor(off if (v := vars(p)[name]) is None else v) for p in recorded]
@@ -169,6 +177,27 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
                 .masked_fill(ended, -1)
             )
         return DecodingTrace(column("temperature", 1.0), column("top_p", 1.0), action)
+
+
+def _goes_on(text: torch.Tensor, before: torch.Tensor | None) -> bool:
+    """Whether each row of `text` `[rows, L]` is one of `before` and one token more; beams change places."""
+    if before is None or text.shape != (before.shape[0], before.shape[1] + 1):
+        return False
+    begin = text[:, :-1]
+    return torch.equal(begin, before) or bool((begin[:, None] == before).all(-1).any(-1).all())
+
+
+def warn_if_overruled(decided: SamplingParameters, explicit: dict[str, float | int]) -> None:
+    """Warns, once, if the caller fixed all that the policy decides, as trainers do that sample for their own losses."""
+    names = [name for name, value in vars(decided).items() if name != "action" and value is not None]
+    if names and set(names) <= explicit.keys():
+        listed = ", ".join(f"`{name}={explicit[name]}`" for name in names)
+        warnings.warn(
+            f"{listed} was passed to `generate`, and the adapter decides nothing else, so it takes no part. Leave it "
+            'out, or pass None (to TRL\'s trainers `generation_kwargs={"temperature": None, "top_p": None, "top_k": '
+            "None}`), and the adapter decides; `model.disable_adapter()` says that it is not to.",
+            stacklevel=2,
+        )
 
 
 def check_scores(scores: torch.Tensor, step: int, rows: torch.Tensor | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import chain
 from types import TracebackType
 from typing import Any, cast
 
@@ -35,17 +35,24 @@ def output_embedding(model: nn.Module) -> nn.Module:
 
 def output_embedding_shape(model: nn.Module) -> tuple[int, int]:
     """`(vocab_size, hidden_size)` of the output embedding; OPT's projected head, say, is narrower than its layers."""
-    layer = output_embedding(model)
+    layer: Any = output_embedding(model)
     # A quantised layer's weight is packed, but it keeps the attributes of the linear layer it replaced.
-    if isinstance(layer, nn.Linear):
+    if hasattr(layer, "in_features"):
         return layer.out_features, layer.in_features
-    weight = cast(torch.Tensor, layer.weight)
-    return weight.shape[0], weight.shape[1]
+    return layer.weight.shape[0], layer.weight.shape[1]
 
 
 def output_device(model: nn.Module) -> torch.device:
-    """Where the output embedding lies, and so where the hidden states arrive that a policy reads."""
-    return cast(torch.Tensor, output_embedding(model).weight).device
+    """Where the output embedding computes, and so where a policy should; of an offloaded one, where it is brought."""
+    layer = output_embedding(model)
+    device = next(chain(layer.parameters(), layer.buffers())).device
+    if device.type != "meta":
+        return device
+    # accelerate keeps offloaded weights elsewhere and has a hook, or several in one, that fetch them for each pass.
+    outer: Any = vars(layer).get("_hf_hook")
+    hooks = getattr(outer, "hooks", [outer])
+    found = [where for hook in hooks if (where := getattr(hook, "execution_device", None)) is not None]
+    return torch.device(found[0]) if found else device
 
 
 class HiddenStateTap:
@@ -54,8 +61,6 @@ class HiddenStateTap:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to read.
-        is_listening (`Callable[[], bool]`, *optional*):
-            Asked at every forward pass; lets several taps share a model without hearing each other's passes.
         keeps_all (`bool`, defaults to `False`):
             Whether to keep every position's hidden state; the output embedding then still computes the last alone.
 
@@ -68,11 +73,8 @@ class HiddenStateTap:
     ```
     """
 
-    def __init__(
-        self, model: nn.Module, is_listening: Callable[[], bool] | None = None, keeps_all: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, keeps_all: bool = False) -> None:
         self._layer = output_embedding(model)
-        self._is_listening = is_listening
         self._keeps_all = keeps_all
         self._hidden: torch.Tensor | None = None
         self._passes = 0
@@ -98,8 +100,6 @@ class HiddenStateTap:
         self.close()
 
     def _hear(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._is_listening is not None and not self._is_listening():
-            return None
         self._hidden = args[0]
         self._passes += 1
         return (args[0][:, -1:], *args[1:]) if self._keeps_all else None

@@ -84,6 +84,18 @@ class DecodeState:
     prompt_mean: torch.Tensor | None = None
     uniform: torch.Tensor | None = None
 
+    def select(self, rows: torch.Tensor) -> DecodeState:
+        """The state of `rows` (index or mask of shape `[M]`)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen: dict[str, Any] = {k: None if v is None else v[rows.to(v.device)] for k, v in values.items()}
+        return DecodeState(**chosen)
+
+    def to(self, device: torch.device) -> DecodeState:
+        """The state on one device; a model that lies on several leaves parts of it on different ones."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in values.items()}
+        return DecodeState(**moved)
+
 
 @dataclass(frozen=True)
 class Observation:

@@ -32,8 +32,8 @@ from hf_adaptive_decode import (
     DecodingTrace,
     SamplingParameters,
 )
+from hf_adaptive_decode.capture import current_call
 from hf_adaptive_decode.errors import AdaptiveDecodeError, BudgetError, LogitsError, UnsupportedGenerationError
-from hf_adaptive_decode.generation import current_session
 from hf_adaptive_decode.policies import DecodingPolicy
 
 NEVER = -float("inf")
@@ -199,7 +199,7 @@ def test_the_model_is_an_instance_of_both_classes(family):
 
 def test_only_the_adapter_is_trainable(model):
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {f"decoding_adapter.{name}" for name, _ in model.decoding_adapter.named_parameters()}
+    assert trainable == {f"decoding_adapters.default.{name}" for name, _ in model.decoding_adapter.named_parameters()}
     numbers = sum(p.numel() for p in model.decoding_adapter.parameters()), sum(p.numel() for p in model.parameters())
     assert model.get_nb_trainable_parameters() == numbers
 
@@ -603,7 +603,7 @@ class Watch(DecodingPolicy):
 
 
 def test_the_policy_is_shown_what_is_left_of_each_rows_budget(model):
-    model.decoding_adapter = Watch()
+    model.decoding_adapters["default"] = Watch()
     model.generate(prompts(2, 5), budget=Budget(tokens=[3, 5], samples=2), **ENDLESS)
     assert [s.remaining_tokens.tolist() for s in model.decoding_adapter.seen] == [
         [max(b - t, 0) for b in (3, 3, 5, 5)] for t in range(5)
@@ -617,13 +617,13 @@ def test_the_policy_is_shown_what_is_left_of_each_rows_budget(model):
     ids=str,
 )
 def test_what_is_left_is_counted_from_the_limit_that_holds(model, settings, first):
-    model.decoding_adapter = Watch()
+    model.decoding_adapters["default"] = Watch()
     model.generate(prompts(1, 5), **settings, **ENDLESS)
     assert [s.remaining_tokens.tolist() for s in model.decoding_adapter.seen] == [[first - t] for t in range(first)]
 
 
 def test_a_budget_for_embeddings_is_counted_from_the_first_new_token(model):
-    model.decoding_adapter = Watch()
+    model.decoding_adapters["default"] = Watch()
     embeddings = model.get_input_embeddings()(prompts(1, 6))
     model.generate(inputs_embeds=embeddings, max_new_tokens=3, **ENDLESS)
     assert [s.remaining_tokens.tolist() for s in model.decoding_adapter.seen] == [[3], [2], [1]]
@@ -827,7 +827,7 @@ def test_lora_goes_on_top(model):
 def test_a_call_leaves_no_hook_and_no_session(model):
     model.generate(prompts(), max_new_tokens=2)
     assert hooks_left(model) == 0
-    assert current_session() is None
+    assert current_call() is None
 
 
 @pytest.mark.parametrize(
@@ -836,7 +836,7 @@ def test_a_call_leaves_no_hook_and_no_session(model):
         ({"streamer": Collect(fail_at=7)}, RuntimeError),
         ({"stopping_criteria": StoppingCriteriaList([StopAt(8, KeyboardInterrupt)])}, KeyboardInterrupt),
         ({"logits_processor": [Follow(torch.zeros(1, 2, dtype=torch.long), 5)]}, IndexError),
-        ({"assistant_model": "anything"}, UnsupportedGenerationError),
+        ({"penalty_alpha": 0.6, "top_k": 4}, UnsupportedGenerationError),
         ({"no_such_setting": 3}, ValueError),
     ],
     ids=["streamer", "ctrl-c", "processor", "refused", "unknown setting"],
@@ -846,7 +846,7 @@ def test_an_interrupted_call_leaves_the_next_one_right(model, interruption, erro
     with pytest.raises(error):
         sample(model, prompts(1), max_new_tokens=9, eos_token_id=None, **interruption)
     assert hooks_left(model) == 0
-    assert current_session() is None
+    assert current_call() is None
     found = sample(model, prompts(1), max_new_tokens=6, **TRACED)
     assert_same_output(found, expected, exactly=True)
     assert torch.equal(found.decoding_trace.temperature, expected.decoding_trace.temperature)
@@ -928,11 +928,8 @@ def test_a_model_with_nan_weights_raises(model):
 
 
 REFUSED = {
-    "assistant_model": tiny.build_base(),
-    "prompt_lookup_num_tokens": 3,
     "penalty_alpha": 0.6,
     "dola_layers": "high",
-    "cache_implementation": "paged",
 }
 
 
@@ -946,7 +943,7 @@ def test_a_mode_in_which_the_adapter_cannot_act_is_refused(model, name):
     assert not calls
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if name not in ("assistant_model", "cache_implementation")])
+@pytest.mark.parametrize("name", list(REFUSED))
 @pytest.mark.parametrize("where", ["generation_config argument", "the model's generation_config"])
 def test_a_refused_mode_is_refused_or_off_wherever_it_was_set(model, name, where):
     expected = sample(model, prompts(1), max_new_tokens=4, **TRACED)
@@ -960,11 +957,6 @@ def test_a_refused_mode_is_refused_or_off_wherever_it_was_set(model, name, where
     except ValueError:  # ours, or transformers' own for a mode that needs remote code
         return
     assert_same_output(found, expected, exactly=True)
-
-
-def test_continuous_batching_does_not_silently_drop_the_adapter(model):
-    with pytest.raises(UnsupportedGenerationError):
-        model.generate_batch(inputs=[[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=EOS))
 
 
 def test_a_model_whose_vocabulary_was_resized_says_so_or_works(model):

@@ -22,11 +22,11 @@ LAYERS = (
     ("configuration", "configuration_checks", "warping", "features", "budget", "actions", "randomness"),
     ("policies",),
     ("tap", "sampler", "projection", "losses", "hub"),
-    ("generation", "detour", "modeling"),
+    ("capture", "settings", "generation", "request_sampler", "batching", "adapters", "storage", "detour", "modeling"),
     ("engines", "rewards"),
     ("training", "evaluation"),
     ("reports", "evaluate_modules"),
-    ("cli",),
+    ("cli", "serve"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # The package's front door knows the names of its modules; the registration knows two of them, as strings.

@@ -223,12 +223,12 @@ def test_every_adapter_weight_moves_and_no_weight_of_the_base(policy, family, tm
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train(tmp_path, evens, model=model, budget=6, max_steps=3)
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) != name.startswith("decoding_adapter."), name
+        assert torch.equal(tensor, before[name]) != name.startswith("decoding_adapters."), name
     assert all(parameter.grad is None for parameter in tiny_base_parameters(model))
 
 
 def tiny_base_parameters(model):
-    return [parameter for name, parameter in model.named_parameters() if not name.startswith("decoding_adapter.")]
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith("decoding_adapters.")]
 
 
 class Snapshots(TrainerCallback):

@@ -462,9 +462,9 @@ def test_a_failed_load_leaves_no_hook(folder, base):
 def test_a_processor_can_be_made_by_hand(base):
     policy = build_policy(AutoDecoConfig(policy="static", actions=[{"temperature": 0.0}], hidden_size=32))
     processor = AdaptiveSamplerLogitsProcessor(policy, lambda: torch.zeros(2, 32))
-    scores = torch.randn(2, 9)
-    assert torch.equal(processor(None, scores).argmax(-1), scores.argmax(-1))
-    assert (processor(None, scores) > -float("inf")).sum(-1).tolist() == [1, 1]
+    scores, ids = torch.randn(2, 9), torch.zeros(2, 3, dtype=torch.long)
+    assert torch.equal(processor(ids, scores).argmax(-1), scores.argmax(-1))
+    assert (processor(ids, scores) > -float("inf")).sum(-1).tolist() == [1, 1]
     assert isinstance(policy, torch.nn.Module)
     assert SamplingParameters().temperature is None
 

@@ -93,7 +93,7 @@ def test_every_adapter_weight_moves_and_no_weight_of_the_base(family, tmp_path):
     train(tmp_path, model, save_strategy="no")
     for name, tensor in model.state_dict().items():
         moved = not torch.equal(tensor, before[name])
-        assert moved == name.startswith("decoding_adapter."), name
+        assert moved == name.startswith("decoding_adapters."), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,18 +7,40 @@ import copy
 
 import torch
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM
@@ -40,6 +62,7 @@ _LLAMA_LIKE = {
     "initializer_range": 0.3,
     "tie_word_embeddings": False,
 }
+_WITHOUT_HEAD_DIM = {name: value for name, value in _LLAMA_LIKE.items() if name != "head_dim"}
 
 
 def _qwen3():
@@ -72,6 +95,69 @@ def _opt():
     return OPTForCausalLM(config)
 
 
+def _qwen2():
+    return Qwen2ForCausalLM(Qwen2Config(**_LLAMA_LIKE))
+
+
+def _qwen3_moe():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_LLAMA_LIKE, **experts))
+
+
+def _mistral():
+    return MistralForCausalLM(MistralConfig(**_LLAMA_LIKE, sliding_window=16))
+
+
+def _gemma3():
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**_LLAMA_LIKE, **layers, query_pre_attn_scalar=8))
+
+
+def _phi3():
+    return Phi3ForCausalLM(Phi3Config(**_WITHOUT_HEAD_DIM))
+
+
+def _gpt_neox():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GPTNeoXConfig(**_TOKENS, **shape, max_position_embeddings=256, initializer_range=0.3)
+    return GPTNeoXForCausalLM(config)
+
+
+def _mamba():
+    shape = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}
+    return MambaForCausalLM(MambaConfig(**_TOKENS, **shape, initializer_range=0.3))
+
+
+def _qwen3_next():
+    # One layer with a linear attention and one with a full one.
+    layers = {"layer_types": ["linear_attention", "full_attention"]}
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    more = {"linear_num_value_heads": 4, "shared_expert_intermediate_size": 24}
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**_LLAMA_LIKE, **layers, **linear, **experts, **more))
+
+
+def _zamba2():
+    # A state space layer, and one with an attention that layers share. Steps have a lower bound in decoding alone, so
+    # it has to be out of reach if a sequence is to be the same with and without a cache.
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    state = {"mamba_d_state": 8, "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 8}
+    state |= {"time_step_min": 1e-6}
+    shared = {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "adapter_rank": 4}
+    config = Zamba2Config(**_TOKENS, **shape, **state, **shared, max_position_embeddings=256, initializer_range=0.3)
+    return Zamba2ForCausalLM(config)
+
+
+def _cohere():
+    # Its logits are scaled behind the output embedding, and so are Granite's.
+    return CohereForCausalLM(CohereConfig(**_WITHOUT_HEAD_DIM, logit_scale=0.25))
+
+
+def _granite():
+    scales = {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}
+    return GraniteForCausalLM(GraniteConfig(**_WITHOUT_HEAD_DIM, **scales, attention_multiplier=0.3))
+
+
 _BUILDERS = {
     "qwen3": _qwen3,
     "llama": _llama,
@@ -81,6 +167,21 @@ _BUILDERS = {
     "opt": _opt,
 }
 FAMILIES = tuple(_BUILDERS)
+_MORE_BUILDERS = {
+    "qwen2": _qwen2,
+    "qwen3_moe": _qwen3_moe,
+    "mistral": _mistral,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "gpt_neox": _gpt_neox,
+    "mamba": _mamba,
+    "qwen3_next": _qwen3_next,
+    "zamba2": _zamba2,
+    "cohere": _cohere,
+    "granite": _granite,
+}
+MORE_FAMILIES = tuple(_MORE_BUILDERS)
+ALL_FAMILIES = (*FAMILIES, *MORE_FAMILIES)
 _BUILT: dict[str, torch.nn.Module] = {}
 
 
@@ -89,7 +190,7 @@ def build_base(family: str = "qwen3"):
     if family not in _BUILT:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(sum(map(ord, family)))
-            model = _BUILDERS[family]().eval()
+            model = (_BUILDERS | _MORE_BUILDERS)[family]().eval()
             spread = model(prompts(4, 12)).logits.std()
             # Flat logits would hide a wrong temperature; the head is scaled until they are as peaked as a trained
             # model's.
@@ -184,7 +285,8 @@ def counted_forwards(model):
 
 
 def hooks_left(model) -> int:
-    return len(model.get_output_embeddings()._forward_pre_hooks)
+    """Hooks on the output embedding, but for the one that a wrapped model has as long as it is wrapped."""
+    return len(model.get_output_embeddings()._forward_pre_hooks) - isinstance(model, AutoDecoForCausalLM)
 
 
 def sample(model, *args, seed: int = 0, **kwargs):

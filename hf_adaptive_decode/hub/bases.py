@@ -6,19 +6,44 @@ import hashlib
 import json
 import os
 import re
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..errors import AdapterLoadError
+from ..errors import AdapterLoadError, AdaptiveDecodeError
+from .causes import why_unread
+from .files import resolve_commit
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # The base model inside the package goes by this name in adapters, so that they load on any machine.
 PACKAGED_BASES = {"hf_adaptive_decode:testbed": _PACKAGE / "testbed" / "base"}
+_HUB = ("token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# The adapter whose base is being loaded.
+_WANTING: ContextVar[str | None] = ContextVar("hf_adaptive_decode_wanting", default=None)
 # What may differ between two copies of one architecture: where it lies, who wrote it, how it runs.
-_NOT_ARCHITECTURE = {"architectures", "name_or_path", "transformers_version", "dtype", "use_cache"}
+_NOT_ARCHITECTURE = {
+    "architectures",
+    "name_or_path",
+    "transformers_version",
+    "dtype",
+    "use_cache",
+    "quantization_config",
+}
+
+
+def load_at_one_commit(name: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """As `AutoModelForCausalLM.from_pretrained`, with all files of one Hub commit, which the config remembers."""
+    # Not at the top: loading the Auto classes imports the module that imports this one (see `_registration`).
+    from transformers import AutoModelForCausalLM
+
+    commit = resolve_commit(name, kwargs.get("revision"), **{key: kwargs[key] for key in _HUB if key in kwargs})
+    model = AutoModelForCausalLM.from_pretrained(name, **(kwargs | {"revision": commit} if commit else kwargs))
+    model.config._commit_hash = commit
+    return model
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -55,13 +80,25 @@ def load_base(name: str | None, adapter: str, adapter_is_remote: bool, **kwargs:
     hint = "pass the base yourself: `from_pretrained(adapter, base_model=MODEL_OR_ID_OR_FOLDER)`."
     if name is None:
         raise AdapterLoadError(f"the adapter {adapter!r} names no base model; {hint}")
+    if _WANTING.get() is not None:
+        raise AdapterLoadError(
+            f"the adapter {_WANTING.get()!r} names {adapter!r} as its base, an adapter itself; {hint}"
+        )
     if name in PACKAGED_BASES:
         return AutoModelForCausalLM.from_pretrained(PACKAGED_BASES[name], **{**kwargs, "revision": "main"})
     if adapter_is_remote and (not _HUB_ID.fullmatch(name) or os.path.exists(name)):
         raise AdapterLoadError(
             f"the downloaded adapter {adapter!r} names {name!r} as its base, which is or could be a local path; {hint}"
         )
+    token = _WANTING.set(adapter)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except OSError as error:
-        raise AdapterLoadError(f"the base model {name!r} of adapter {adapter!r} could not be loaded; {hint}") from error
+        return load_at_one_commit(name, **kwargs)
+    except AdaptiveDecodeError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # not there, no causal model, or damaged
+        why = why_unread(error, name, kwargs.get("revision")).rstrip(".")
+        raise AdapterLoadError(
+            f"the base model {name!r} of adapter {adapter!r} could not be loaded: {why}. Or {hint}"
+        ) from error
+    finally:
+        _WANTING.reset(token)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,8 @@ from .markdown import plain
 from .result_lines import RESULTS_FILE, read_results
 from .results import MARK, model_index, results_section, static_setting
 from .static_setting import SPECIAL_TOKENS, STATIC_FILE, write_static_generation_config
-from .store import CONFIG_FILE, WEIGHTS_FILE
+from .store import CONFIG_FILE, PEFT_FILES, PEFT_FOLDER, WEIGHTS_FILE
+from .writing import replacing
 
 CARD_FILE = "README.md"
 _HEADING = "## Results\n\n"
@@ -70,9 +70,10 @@ def update_card(
         [`AdapterLoadError`]: If the results cannot be read.
     """
     path, name = Path(folder, CARD_FILE), name or Path(folder).resolve().name or "adapter"
-    card = _Card.read(path) if path.exists() else _Card.fresh(path, config, name)
+    has_lora = Path(folder, PEFT_FOLDER, PEFT_FILES[0]).exists()
+    card = _Card.read(path) if path.exists() else _Card.fresh(path, config, name, has_lora)
     if card.section("usage") is not None:
-        card.put("usage", usage_section(config, name))
+        card.put("usage", usage_section(config, name, has_lora))
     if training is not None:
         card.put("training", training_section(config, training))
     weights = _digest(Path(folder, WEIGHTS_FILE))
@@ -90,7 +91,7 @@ def update_card(
         text = _aged(shown, weights)
         card.put("results", text)
         index = _merged(index, plain(name), []) if _AGED in text else index
-    card.save(_metadata(card.metadata, config, index))
+    card.save(_metadata(card.metadata, config, index, has_lora))
     return path
 
 
@@ -113,10 +114,13 @@ def add_results(folder: str | os.PathLike[str], results: Sequence[Mapping[str, A
     config = read_config(Path(folder, CONFIG_FILE))
     card = update_card(folder, config, results)
     own = Path(folder, RESULTS_FILE)
-    if not isinstance(results, str | os.PathLike):
-        own.write_text("".join(json.dumps(line) + "\n" for line in results), encoding="utf-8")
-    elif not (own.exists() and own.samefile(results)):
-        shutil.copyfile(results, own)
+    if isinstance(results, str | os.PathLike) and own.exists() and own.samefile(results):
+        return card
+    with replacing(own) as staged:
+        if isinstance(results, str | os.PathLike):
+            shutil.copyfile(results, staged)
+        else:
+            staged.write_text("".join(json.dumps(line) + "\n" for line in results), encoding="utf-8")
     return card
 
 
@@ -139,20 +143,17 @@ def publish_card(
     Args:
         folder (`str` or `os.PathLike`): What will be uploaded.
         config ([`AutoDecoConfig`]): The adapter's settings.
-        repo_id (`str`): Where to.
+        repo_id (`str`): Where to, with the owner's name.
         source (`str` or `os.PathLike`, *optional*): Folder whose card, results and static setting go along; when
             `None`, the repository's own card is brought up to date.
         token, revision: As `huggingface_hub` takes them.
     """
-    api = HfApi(token=token)
-    if "/" not in repo_id:  # else the Hub might read it as the name of somebody's model
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
     if source is not None:
         for name in (CARD_FILE, RESULTS_FILE, STATIC_FILE):
             if Path(source, name).exists():
                 Path(folder, name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(Path(source, name), Path(folder, name))
-    elif api.file_exists(repo_id, CARD_FILE, revision=revision):
+    elif HfApi(token=token).file_exists(repo_id, CARD_FILE, revision=revision):
         shutil.copyfile(hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token), Path(folder, CARD_FILE))
     try:
         update_card(folder, config, name=repo_id)
@@ -171,9 +172,9 @@ class _Card:
     before: str | None = None
 
     @classmethod
-    def fresh(cls, path: Path, config: AutoDecoConfig, name: str) -> _Card:
+    def fresh(cls, path: Path, config: AutoDecoConfig, name: str, has_lora: bool) -> _Card:
         sections = {
-            "usage": usage_section(config, name),
+            "usage": usage_section(config, name, has_lora),
             "training": training_section(config, TrainingFacts()),
             "results": NO_RESULTS,
         }
@@ -243,9 +244,8 @@ class _Card:
             self.head = f"---{self.line_break}{text}{self.line_break}---{self.line_break}"
         if self.head + self.body == self.before:
             return
-        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".saving-") as staging:
-            Path(staging, CARD_FILE).write_text(self.head + self.body, encoding="utf-8", newline="")
-            os.replace(Path(staging, CARD_FILE), self.path)
+        with replacing(self.path) as staged:
+            staged.write_text(self.head + self.body, encoding="utf-8", newline="")
 
 
 def _marked(name: str, text: str) -> str:
@@ -270,9 +270,11 @@ def _write_static(folder: str | os.PathLike[str], static: Mapping[str, float] | 
         write_static_generation_config(folder, static, {name: tokens.get(name) for name in SPECIAL_TOKENS})
 
 
-def _metadata(before: Mapping[str, Any], config: AutoDecoConfig, index: list[dict[str, Any]] | None) -> dict[str, Any]:
-    tags = ["adaptive-decoding", f"adaptive-decoding-{config.policy}"]
-    others = {f"adaptive-decoding-{policy}" for policy in POLICY_NAMES} - set(tags)
+def _metadata(
+    before: Mapping[str, Any], config: AutoDecoConfig, index: list[dict[str, Any]] | None, has_lora: bool
+) -> dict[str, Any]:
+    tags = ["adaptive-decoding", f"adaptive-decoding-{config.policy}", *(["peft"] if has_lora else [])]
+    others = {"peft", *(f"adaptive-decoding-{policy}" for policy in POLICY_NAMES)} - set(tags)
     kept = [tag for tag in ModelCardData(tags=before.get("tags")).tags or [] if tag not in others]
     ours: dict[str, Any] = {"library_name": "hf_adaptive_decode", "pipeline_tag": "text-generation"}
     ours["tags"] = [*kept, *(tag for tag in tags if tag not in kept)]

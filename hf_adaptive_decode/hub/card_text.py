@@ -44,11 +44,17 @@ inputs = tokenizer("...", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, budget=256)[0]))  # at most 256 new tokens
 ```
 
-What is passed to `generate` wins over the adapter; `with model.disable_adapter():` gives the base model, exactly.
+What is passed to `generate` wins over the adapter; `with model.disable_adapter():` gives {base}, exactly.
 
 ### What it decides
 
 {decides}"""
+_LORA = """
+
+### The LoRA beside it
+
+The base model carries a LoRA, which lies in `peft/` as PEFT writes one and is loaded along with the adapter (it needs
+`peft`). The adapter goes with it: on the base model alone its decisions mean nothing."""
 NO_RESULTS = """## Results
 
 None recorded. Before use, compare with greedy decoding, default sampling, the best static setting chosen on validation
@@ -98,15 +104,18 @@ def introduction(config: AutoDecoConfig) -> str:
     return f"{title}\n\n{after}: {_KINDS[config.policy]}. The base model's weights are untouched."
 
 
-def usage_section(config: AutoDecoConfig, name: str) -> str:
+def usage_section(config: AutoDecoConfig, name: str, has_lora: bool = False) -> str:
     """
     How to use the adapter, and what it decides.
 
     Args:
         config ([`AutoDecoConfig`]): Its settings.
         name (`str`): Its folder or Hub id, for the code.
+        has_lora (`bool`, defaults to `False`): Whether a LoRA of the base lies beside it.
     """
-    return _USAGE.format(adapter=literal(name), decides=_decides(config))
+    base = "the base model with its LoRA" if has_lora else "the base model"
+    text = _USAGE.format(adapter=literal(name), decides=_decides(config), base=base)
+    return text + _LORA if has_lora else text
 
 
 def training_section(config: AutoDecoConfig, facts: TrainingFacts) -> str:
@@ -133,7 +142,8 @@ def _decides(config: AutoDecoConfig) -> str:
     if config.policy == "heads":
         ranges = {"temperature": config.temperature_range, "top_p": config.top_p_range}
         parts = [f"{_PARAMETERS[name]} between {ranges[name][0]:g} and {ranges[name][1]:g}" for name in config.heads]
-        return f"For every token: {' and '.join(parts)}. It reads {_reads(config)}."
+        extra = " The top-p head also reads four statistics of the distribution at that temperature."
+        return f"For every token: {' and '.join(parts)}. It reads {_reads(config)}.{extra * config.top_p_statistics}"
     if config.policy == "entropy":
         return f"For every token, a temperature by this rule: {code(json.dumps(config.entropy_rule, sort_keys=True))}."
     actions = config.actions or []

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from ..errors import SamplingParameterError
 from ..types import SamplingParameters
 from ..warping import check_scalars
+from .writing import replacing
 
 STATIC_FILE = "static/generation_config.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -49,5 +50,7 @@ def write_static_generation_config(
             **{"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **static, **tokens}
         )
     path = Path(folder, STATIC_FILE)
-    config.save_pretrained(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as staged:
+        config.save_pretrained(staged.parent)
     return path

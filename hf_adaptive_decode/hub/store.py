@@ -2,49 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import re
+import sys
 import tempfile
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from ..configuration import AutoDecoConfig, read_config
-from ..errors import AdapterLoadError
+from ..configuration import MAX_CONFIG_BYTES, AutoDecoConfig, read_config, read_settings
+from ..configuration_checks import is_released_format
+from ..errors import AdapterConfigError, AdapterLoadError
 from ..policies import DecodingPolicy, build_policy
 from ..tap import output_device, output_embedding_shape
 from .bases import fingerprint
+from .files import Wanted, fetch
+from .writing import save_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+# A LoRA of the base that belongs to the adapter, as PEFT writes it.
+PEFT_FOLDER = "peft"
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # 64 MiB hold the heads of a 30,000 wide model; more is a mistake or an attack.
 MAX_WEIGHT_BYTES = 64 << 20
+# 1 GiB holds a LoRA of rank 64 on every linear layer of an 8B model, in fp32.
+MAX_PEFT_BYTES = 1 << 30
 _MAX_HEADER_BYTES = 1 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_COMMIT = re.compile(r"snapshots[/\\]([0-9a-f]{40})[/\\]")
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Where an adapter's config and weights lie, and the Hub commit they came from (`None` for a folder)."""
+    """
+    Where an adapter's files lie.
+
+    Attributes:
+        source (`str`): The folder or Hub id as given.
+        config, weights (`Path`): Its `config.json` and `model.safetensors`.
+        is_remote (`bool`): Whether they came from the Hub.
+        commit (`str`, *optional*): The Hub commit that all of them are of; `None` for a folder on this machine.
+        peft (`Path`, *optional*): The folder of the LoRA that belongs to it; `None` without one.
+    """
 
     source: str
     config: Path
     weights: Path
     is_remote: bool
     commit: str | None = None
+    peft: Path | None = None
+
+    def read_config(self) -> AutoDecoConfig:
+        """The adapter's settings, which remember the commit as `_commit_hash`; raises as [`read_config`]."""
+        config = read_config(self.config)
+        config._commit_hash = self.commit
+        return config
 
 
 def locate(
@@ -52,6 +73,7 @@ def locate(
     subfolder: str = "",
     revision: str | None = None,
     max_weight_bytes: int = MAX_WEIGHT_BYTES,
+    max_peft_bytes: int = MAX_PEFT_BYTES,
     **download: Any,
 ) -> AdapterFiles:
     """
@@ -61,58 +83,32 @@ def locate(
         adapter (`str` or `os.PathLike`): Folder or Hub id.
         subfolder (`str`): Folder within it.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        max_weight_bytes (`int`): Larger weights are refused, before they are downloaded.
+        max_weight_bytes, max_peft_bytes (`int`): Larger weights, or a larger LoRA, are refused, before they are
+            downloaded.
         download: `token`, `cache_dir`, `local_files_only`, `force_download`.
 
     Raises:
         [`AdapterLoadError`]: If a file is missing or too large, or the Hub cannot be reached.
     """
-    source = os.fspath(adapter)
-    folder = Path(source, subfolder)
-    if os.path.isdir(source):
-        _refuse_missing(source, [path.name for path in folder.iterdir()] if folder.is_dir() else [])
-        _refuse_size(folder / WEIGHTS_FILE, (folder / WEIGHTS_FILE).stat().st_size, max_weight_bytes)
-        return AdapterFiles(source, folder / CONFIG_FILE, folder / WEIGHTS_FILE, is_remote=False)
-    try:
-        config = hf_hub_download(source, CONFIG_FILE, subfolder=subfolder or None, revision=revision, **download)
-        found = _COMMIT.search(config)
-        commit = found.group(1) if found else revision
-        where: dict[str, Any] = {"subfolder": subfolder or None, "revision": commit}
-        if not (download.get("local_files_only") or HF_HUB_OFFLINE):
-            url = hf_hub_url(source, WEIGHTS_FILE, **where)
-            size = get_hf_file_metadata(url, token=download.get("token")).size
-            _refuse_size(url, size or 0, max_weight_bytes)
-        weights = hf_hub_download(source, WEIGHTS_FILE, **where, **download)
-        _refuse_size(weights, os.path.getsize(weights), max_weight_bytes)
-    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, AdapterLoadError):
-            raise
+    settings, lora = (f"{PEFT_FOLDER}/{name}" for name in PEFT_FILES)
+    wanted = (
+        # On this machine it is for its reader to refuse.
+        Wanted(CONFIG_FILE, sys.maxsize if os.path.isdir(adapter) else MAX_CONFIG_BYTES),
+        Wanted(settings, MAX_CONFIG_BYTES, optional=True),
+        Wanted(lora, max_peft_bytes, "max_peft_bytes", optional=True),
+        # The last, so that a load which was cut short leaves no weights without their LoRA in the cache.
+        Wanted(WEIGHTS_FILE, max_weight_bytes, "max_weight_bytes"),
+    )
+    found = fetch(adapter, wanted, subfolder=subfolder, revision=revision, **download)
+    missing = [name for name in (settings, lora) if name not in found.paths]
+    if len(missing) == 1:
         raise AdapterLoadError(
-            f"no adapter could be read from {source!r}: it is no folder here, and as a Hub id it gave: {error}"
-        ) from error
-    return AdapterFiles(source, Path(config), Path(weights), is_remote=True, commit=commit)
-
-
-def _refuse_missing(source: str, names: list[str]) -> None:
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in names]
-    if not missing:
-        return
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    hint = ""
-    if WEIGHTS_FILE in missing and pickles:
-        hint = (
-            f" It holds {', '.join(sorted(pickles))}, which are pickles and never loaded, since unpickling runs code; "
-            "save the adapter again as safetensors."
+            f"{found.source!r} has a folder {PEFT_FOLDER}/ without {missing[0]}; a LoRA is these two files, and no "
+            "pickle (.bin) is loaded in their place. Save the adapter again."
         )
-    raise AdapterLoadError(f"{source!r} is no adapter folder: {' and '.join(missing)} missing.{hint}")
-
-
-def _refuse_size(path: object, size: int, limit: int) -> None:
-    if size > limit:
-        raise AdapterLoadError(
-            f"{path} has {size} bytes, over the limit of {limit} for an adapter; pass `max_weight_bytes={size}` if you "
-            "trust it."
-        )
+    peft = None if missing else found.folder / PEFT_FOLDER
+    config, weights = found.paths[CONFIG_FILE], found.paths[WEIGHTS_FILE]
+    return AdapterFiles(found.source, config, weights, found.is_remote, found.commit, peft)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -145,11 +141,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _refuse_twice(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise AdapterLoadError(f"{path}: its header names {', '.join(twice)} more than once.")
-    return dict(pairs)
+    return found
 
 
 def load_adapter(
@@ -171,15 +167,28 @@ def load_adapter(
         [`AdapterLoadError`]: If the files are damaged or do not fit each other or the model.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else locate(adapter, **hub_kwargs)
-    config = config or read_config(files.config)
+    config = config or files.read_config()
     check_fit(config, model, files.source)
+    policy = read_policy(files, config, hub_kwargs.get("max_weight_bytes", MAX_WEIGHT_BYTES))
+    return policy.to(output_device(model)).eval()
+
+
+def read_policy(
+    files: AdapterFiles, config: AutoDecoConfig, max_weight_bytes: int = MAX_WEIGHT_BYTES
+) -> DecodingPolicy:
+    """
+    The policy that an adapter's config describes, filled with its weights, on the CPU.
+
+    Raises:
+        [`AdapterLoadError`]: If the weights are damaged or do not fit the config, or it describes too large a policy.
+    """
     with torch.device("meta"):
         needed = sum(p.numel() * 4 for p in build_policy(config).parameters())
-    limit = hub_kwargs.get("max_weight_bytes", MAX_WEIGHT_BYTES)
-    _refuse_size(f"the policy that {files.config} describes", needed, limit)
+    limit = Wanted(WEIGHTS_FILE, max_weight_bytes, "max_weight_bytes")
+    limit.refuse_size(f"the policy that {files.config} describes", needed)
     policy = build_policy(config)
     load_into(policy, files.weights)
-    return policy.to(output_device(model)).eval()
+    return policy
 
 
 def load_into(policy: DecodingPolicy, weights: Path) -> None:
@@ -227,25 +236,27 @@ def check_fit(config: AutoDecoConfig, model: nn.Module, source: str) -> None:
         )
 
 
+def _refuse_another_model(config: Path) -> None:
+    """Raises [`AdapterLoadError`] if a folder holds a model that is no adapter, whose files would be lost."""
+    with contextlib.suppress(AdapterConfigError, FileNotFoundError):  # what cannot be read is nobody's model
+        settings = read_settings(config)
+        if settings.get("model_type") != AutoDecoConfig.model_type or is_released_format(settings):
+            raise AdapterLoadError(
+                f"{config.parent} holds another model (model_type {settings.get('model_type')!r}), which an adapter "
+                "saved there would overwrite; name another folder."
+            )
+
+
 def save_adapter(policy: DecodingPolicy, config: AutoDecoConfig, folder: str | os.PathLike[str]) -> None:
     """Writes `config.json` and `model.safetensors`; each appears whole or not at all."""
     os.makedirs(folder, exist_ok=True)
+    _refuse_another_model(Path(folder, CONFIG_FILE))
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in policy.state_dict().items()}
     for name, tensor in tensors.items():
         if not math.isfinite(float(tensor.abs().max())):
             raise AdapterLoadError(f"{name} holds NaN or infinite values; the adapter is not worth saving.")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
-        save_file(tensors, Path(staging, WEIGHTS_FILE), metadata={"format": "pt"})
+        save_tensors(tensors, Path(staging, WEIGHTS_FILE))
         Path(staging, CONFIG_FILE).write_text(config.to_json_string(), encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(staging, name), Path(folder, name))
-
-
-def push_folder(
-    folder: str, repo_id: str, token: str | bool | None, private: bool | None, **commit: str | bool | None
-) -> str:
-    """Uploads an adapter's folder, making the repository if there is none; returns the commit's address."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    how = {name: value for name, value in commit.items() if value is not None}
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **cast(dict[str, Any], how)).commit_url)

@@ -6,6 +6,7 @@ from ..configuration import AutoDecoConfig
 from .base import DecodingPolicy
 from .entropy import EntropyPolicy
 from .heads import HeadsPolicy
+from .row_policies import RowPolicies
 from .sequence_actions import SequenceActionsPolicy
 from .static import StaticPolicy
 from .token_actions import TokenActionsPolicy
@@ -29,6 +30,7 @@ __all__ = [
     "DecodingPolicy",
     "EntropyPolicy",
     "HeadsPolicy",
+    "RowPolicies",
     "SequenceActionsPolicy",
     "StaticPolicy",
     "TokenActionsPolicy",

@@ -109,10 +109,13 @@ class ActionPolicy(DecodingPolicy):
 
     def decide(self, state: DecodeState) -> tuple[SamplingParameters, Observation]:
         """Parameters of a drawn action (the likeliest if `deterministic`), with `action` `[N]`, and what was seen."""
+        state = self.brought_here(state)
         seen = self.observe(state)
         logits = self.action_logits(seen)
+        broken = ~logits.isfinite().all(-1)
+        logits = logits.masked_fill(broken[:, None], 0.0)
         chosen = logits.argmax(-1) if self.deterministic else draw(logits.softmax(-1), state.uniform)
-        parameters = take_action(self, chosen)
+        parameters = _undecided(broken, take_action(self, chosen))
         limit = self.config.max_prob_mask
         if limit is None:
             return parameters, seen
@@ -120,12 +123,20 @@ class ActionPolicy(DecodingPolicy):
         if self.config.masked_steps == "greedy":
             return greedy_where(sure, parameters), seen
         usual = self.prior(seen.parallel_samples, len(chosen)).argmax(-1)
-        parameters = take_action(self, torch.where(sure, usual, chosen))
+        parameters = _undecided(broken & ~sure, take_action(self, torch.where(sure, usual, chosen)))
         return replace(parameters, action=chosen.masked_fill(sure, -1)), seen
 
     def forward(self, state: DecodeState) -> SamplingParameters:
         """As [`~decide`], without what was seen."""
         return self.decide(state)[0]
+
+
+def _undecided(broken: torch.Tensor, parameters: SamplingParameters) -> SamplingParameters:
+    """NaN as the temperature in the rows of `broken` `[N]`, where hosts look for it and name the row."""
+    temperature = parameters.temperature
+    if not isinstance(temperature, torch.Tensor):
+        temperature = torch.ones_like(broken, dtype=torch.float32)
+    return replace(parameters, temperature=temperature.masked_fill(broken, float("nan")))
 
 
 def _prior(config: AutoDecoConfig) -> tuple[torch.Tensor, torch.Tensor]:

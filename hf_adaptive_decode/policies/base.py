@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
+from itertools import chain
+from typing import Any
 
 from torch import nn
 
@@ -40,8 +43,24 @@ class DecodingPolicy(nn.Module, ABC):
         """Whether a sequence keeps the parameters of its first step."""
         return False
 
+    @property
+    def pools_prompt(self) -> bool:
+        """Whether the policy reads `DecodeState.prompt_mean`."""
+        return self.config.pooling == "mean"
+
     def warn_beyond(self, tokens: int | None, samples: int | None) -> None:
         """Warns once if a budget is beyond what the policy was made for; most policies know no budget."""
+
+    def __call__(self, state: DecodeState) -> Any:
+        """As [`~forward`], wherever the parts of the state lie; the parameters lie where the policy does."""
+        return super().__call__(self.brought_here(state))
+
+    def brought_here(self, state: DecodeState) -> DecodeState:
+        """The state on the policy's own device; without weights or buffers, or with offloaded ones, where it is."""
+        own = next(chain(self.parameters(), self.buffers()), None)
+        if own is None or own.is_meta:
+            return state
+        return (state if self.needs_logits else replace(state, logits=None)).to(own.device)
 
     @abstractmethod
     def forward(self, state: DecodeState) -> SamplingParameters:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..configuration import AutoDecoConfig
-from ..features import context, context_width, reads_logits
+from ..features import STATISTICS, context, context_width, reads_logits, scaled_statistics
 from ..types import DecodeState, SamplingParameters
 from .base import DecodingPolicy
 
@@ -46,7 +47,8 @@ class HeadsPolicy(DecodingPolicy):
     T = low + (high − low)·σ(temperature head of h), P = the same of the top-p head of [h, T] (equation 4).
 
     With the default ranges T is in (0, 2) and P in (0, 1). A fresh policy is close to plain sampling: T = 1 and
-    P = 0.98 up to its small random output weights.
+    P = 0.98 up to its small random output weights. With `top_p_statistics` the top-p head reads [h, T, s], where s are
+    the [`scaled_statistics`] at that T.
     """
 
     def __init__(self, config: AutoDecoConfig) -> None:
@@ -55,13 +57,14 @@ class HeadsPolicy(DecodingPolicy):
         has_temperature = "temperature" in config.heads
         self.temperature_head = Head(width, config.head_hidden_size, 0.0) if has_temperature else None
         # The top-p head has a place for the temperature even where no temperature head fills it: it then reads 1.
-        has_top_p = "top_p" in config.heads
-        self.top_p_head = Head(width + 1, config.head_hidden_size, _INITIAL_TOP_P_LOGIT) if has_top_p else None
+        width += 1 + (len(STATISTICS) if config.top_p_statistics else 0)
+        hidden = config.top_p_head_hidden_size or config.head_hidden_size
+        self.top_p_head = Head(width, hidden, _INITIAL_TOP_P_LOGIT) if "top_p" in config.heads else None
 
     @property
     def needs_logits(self) -> bool:
         """The heads read the logits only for their statistics."""
-        return reads_logits(self.config.features)
+        return reads_logits(self.config.features) or bool(self.config.top_p_statistics)
 
     def forward(self, state: DecodeState) -> SamplingParameters:
         """`temperature` and `top_p` of shape `[N]`, `torch.float32`; `None` for a head that is not there."""
@@ -74,7 +77,10 @@ class HeadsPolicy(DecodingPolicy):
             if self.top_p_head is not None:
                 seen = torch.ones_like(x[:, 0]) if temperature is None else temperature
                 seen = seen.detach() if self.config.detach_temperature else seen
-                top_p = _stretch(self.top_p_head(torch.cat([x, seen[:, None]], dim=-1)), self.config.top_p_range)
+                parts = [x, seen[:, None]]
+                if self.config.top_p_statistics:
+                    parts.append(scaled_statistics(cast(torch.Tensor, state.logits), seen))
+                top_p = _stretch(self.top_p_head(torch.cat(parts, dim=-1)), self.config.top_p_range)
         return SamplingParameters(temperature=temperature, top_p=top_p)
 
 

@@ -1,0 +1,213 @@
+"""The adapter as processors of transformers' continuous batching; knows requests and rows, nothing of scheduling."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+
+from .budget import MAX_BUDGET
+from .errors import UnsupportedGenerationError
+from .policies import DecodingPolicy
+from .sampler import check_parameters, check_scores, warn_if_overruled
+from .tap import output_embedding
+from .types import DecodeState, SamplingParameters
+from .warping import warp_logits
+
+# Requests that may be under way at once; what a policy decided for each of them is kept in tables of this size.
+_MAX_REQUESTS = 1 << 16
+_SLOT = "_decoding_slot"
+
+
+class _Column(ContinuousBatchingLogitsProcessor):
+    """One number a request, which transformers carries to the device along with its own; changes no scores."""
+
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(
+        self, read: Callable[[RequestState], Any], default: Any, dtype: torch.dtype, **supported: type
+    ) -> None:
+        self.supported_kwargs: dict[str, type] = supported
+        self._read = read
+        self._default = torch.tensor([default], dtype=dtype)
+        self._longest = 0
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.copy_(self._default.view(torch.int32).to(int32_tensor.device).expand_as(int32_tensor))
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> torch.Tensor:
+        values = [self._read(request.state) for request in requests_with_new_token]
+        # The storage keeps what an earlier and larger batch left in it, and rows behind the last request are run too.
+        self._longest = max(self._longest, len(values))
+        padded = self._default.repeat(self._longest)
+        padded[: len(values)] = torch.tensor(values, dtype=self._default.dtype)
+        return padded.view(torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        self.values = tensor_arg[: scores.shape[0]].view(self._default.dtype)
+        return scores
+
+
+class _Slots:
+    """Places in the tables of decisions; a request's is free again when nothing holds the request any more."""
+
+    def __init__(self) -> None:
+        # The first is for rows that belong to no request.
+        self._free = list(range(_MAX_REQUESTS - 1, 0, -1))
+
+    def of(self, state: RequestState) -> _Slot:
+        """The place of a request. It stays the same when the request is put off and read again."""
+        slot: _Slot | None = state.logit_processor_kwargs.get(_SLOT)
+        if slot is None or slot.request_id != state.request_id:  # forked requests take the dict of their parent along
+            slot = _Slot(self._free, state.request_id)
+            state.logit_processor_kwargs[_SLOT] = slot
+        return slot
+
+
+class _Slot:
+    def __init__(self, free: list[int], request_id: str) -> None:
+        if not free:
+            raise UnsupportedGenerationError(f"more than {_MAX_REQUESTS} requests are under way; wait for some to end.")
+        self.request_id, self.index, self.is_fresh = request_id, free.pop(), True
+        self._free = free
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Slot:
+        return self
+
+    def __del__(self) -> None:
+        self._free.append(self.index)
+
+
+class RequestSampler:
+    """
+    Samples every request as the active adapter of a model decides.
+
+    Its processors hold what the policy has to know of each request; only the last of them changes scores. Everything
+    that differs from step to step reaches it as a tensor, so that a captured graph can be replayed.
+
+    Args:
+        model ([`AutoDecoForCausalLM`]): Its adapter decides, and its output embedding is read.
+        explicit (`dict`): Parameters that the caller fixed for all requests; a request may fix its own `temperature`
+            and `top_p`.
+        samples (`int`): Sequences a prompt, B; a request may name another number as `samples`.
+
+    Raises:
+        [`UnsupportedGenerationError`]: If the policy reads the mean over a prompt, which is never whole here.
+    """
+
+    def __init__(self, model: Any, explicit: dict[str, float | int], samples: int) -> None:
+        self._policy: DecodingPolicy = model.decoding_adapter
+        if self._policy.pools_prompt:
+            raise UnsupportedGenerationError(
+                "continuous batching does not go with a policy that reads the mean over the prompt, which it reads in "
+                "parts and shares between requests; use `generate`."
+            )
+        self._explicit = explicit
+        slots = _Slots()
+        nan = float("nan")
+        self._remaining = _Column(_remaining, 1, torch.int32)
+        self._samples = _Column(_asked("samples", samples), samples, torch.int32, samples=int)
+        self._temperature = _Column(_asked("temperature", nan), nan, torch.float32, temperature=float)
+        self._top_p = _Column(_asked("top_p", nan), nan, torch.float32, top_p=float)
+        # In this order: asking for a slot makes it, and being asked whether it is fresh it ceases to be.
+        self._slot = _Column(lambda state: slots.of(state).index, 0, torch.int32)
+        self._fresh = _Column(lambda state: _use(slots.of(state)), 0, torch.int32)
+        columns = [self._remaining, self._samples, self._temperature, self._top_p, self._slot, self._fresh]
+        self.processors = [*columns, _Last(self)]
+        self.tensors_required = len(self.processors)
+        self._tables: dict[str, torch.Tensor] = {}
+        self._heard = threading.local()  # a manager decodes in a thread of its own
+        self._hooks = [
+            cast(nn.Module, model).register_forward_pre_hook(self._hear_call, with_kwargs=True),
+            output_embedding(model).register_forward_pre_hook(self._hear_hidden),
+        ]
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hear_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._heard.is_batch = "logits_indices" in kwargs
+        # A model that keeps all its logits has all hidden states enter its output embedding, too.
+        self._heard.rows = None if "logits_to_keep" in kwargs else kwargs.get("logits_indices")
+
+    def _hear_hidden(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if getattr(self._heard, "is_batch", False):
+            hidden = args[0].flatten(0, -2)
+            self._heard.hidden = hidden if self._heard.rows is None else hidden[self._heard.rows]
+
+    @torch.no_grad()
+    def sample(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores `[rows, V]` → warped scores `[rows, V]`."""
+        checked = not (scores.is_cuda and torch.cuda.is_current_stream_capturing())
+        if checked:
+            check_scores(scores, 0)
+        hidden, self._heard.hidden = self._heard.hidden, None
+        state = DecodeState(hidden, scores, self._remaining.values.long(), self._samples.values.long())
+        parameters = self._policy(state)
+        warn_if_overruled(parameters, self._explicit)
+        if checked:
+            check_parameters(parameters, 0)
+        if self._policy.decides_once:
+            parameters = self._held(parameters)
+        parameters = parameters.override(self._explicit)
+        own = {"temperature": self._temperature.values, "top_p": self._top_p.values}
+        return warp_logits(
+            scores, replace(parameters, **{n: _where_given(v, vars(parameters)[n]) for n, v in own.items()})
+        )
+
+    def _held(self, parameters: SamplingParameters) -> SamplingParameters:
+        """What was decided for each request at its first step, which this may be."""
+        slot, fresh, kept = self._slot.values.long(), self._fresh.values > 0, {}
+        for name in (field.name for field in fields(SamplingParameters)):
+            value = vars(parameters)[name]
+            if not isinstance(value, torch.Tensor):
+                continue
+            table = self._tables.setdefault(name, value.new_zeros(_MAX_REQUESTS))
+            kept[name] = torch.where(fresh, value, table[slot])
+            table[slot] = kept[name]
+        return replace(parameters, **kept)
+
+
+class _Last(_Column):
+    """Warps by what the columns before it hold."""
+
+    def __init__(self, sampler: RequestSampler) -> None:
+        super().__init__(lambda state: 0, 0, torch.int32)
+        self._sampler = sampler
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        return self._sampler.sample(scores)
+
+
+def _remaining(state: RequestState) -> int:
+    """b_t: tokens that a request may still generate, the one that is sampled now included."""
+    prompt: int = state._true_initial_tokens or len(state.initial_tokens)
+    if state.max_new_tokens is None:
+        return MAX_BUDGET
+    # A request that was put off counts what it had generated as prompt, and has that much less left to generate. Its
+    # generated tokens may not all be known yet, but how many have been read is.
+    budget: int = state.max_new_tokens + len(state.initial_tokens) - prompt
+    read: int = state.position_offset - prompt
+    return max(budget - read, 1)
+
+
+def _asked(name: str, default: Any) -> Callable[[RequestState], Any]:
+    return lambda state: state.logit_processor_kwargs.get(name, default)
+
+
+def _use(slot: _Slot) -> int:
+    fresh, slot.is_fresh = slot.is_fresh, False
+    return int(fresh)
+
+
+def _where_given(given: torch.Tensor, otherwise: Any) -> torch.Tensor:
+    other = 1.0 if otherwise is None else otherwise
+    return torch.where(given.isnan(), torch.as_tensor(other, dtype=given.dtype, device=given.device), given)
