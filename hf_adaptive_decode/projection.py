@@ -1,8 +1,8 @@
-"""A frozen model in two halves, so that no batch's logits exist at once; knows output layers, no losses or policies."""
+"""A model in two halves, so that no batch's logits exist at once; knows output layers, no losses or policies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,15 +14,15 @@ from .tap import output_embedding
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-class FrozenProjection:
+class Projection:
     """
     Runs a causal model up to the input of its output embedding, and its output embedding on chosen positions.
 
     Some models change the logits behind that layer (Gemma 2 caps them, Cohere and Granite scale them). What is done is
-    read from the config and then checked against the model's own logits on every first batch.
+    read from the config and then checked against the model's own logits on the first batch.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The model; it is run without gradients.
+        model ([`~transformers.PreTrainedModel`]): The model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -30,7 +30,6 @@ class FrozenProjection:
         self._layer = output_embedding(model)
         self._transform: Transform | None = None
 
-    @torch.no_grad()
     def hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
         """
         One forward pass.
@@ -50,24 +49,33 @@ class FrozenProjection:
             seen.append(args[0])
             return (args[0][:, -1:], *args[1:])
 
-        handle = self._layer.register_forward_pre_hook(keep_all_but_compute_one)
+        def keep_raw(layer: torch.nn.Module, args: tuple[Any, ...], raw: torch.Tensor) -> None:
+            seen.append(raw)
+
+        handles = [
+            self._layer.register_forward_pre_hook(keep_all_but_compute_one),
+            self._layer.register_forward_hook(keep_raw),
+        ]
         try:
             logits = self._model(**inputs, use_cache=False).logits
         finally:
-            handle.remove()
-        hidden = seen[-1]
+            for handle in handles:
+                handle.remove()
+        hidden, raw = seen[-2:]
         if self._transform is None:
-            self._transform = self._find_transform(hidden[:, -1], logits[:, -1])
+            self._transform = self._find_transform(raw.detach()[:, -1], logits.detach()[:, -1])
         return hidden
 
-    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[C, V]` of hidden states `[C, H]`, as the model itself would give them."""
         raw = self._layer(hidden)
         return raw if self._transform is None else self._transform(raw)
 
-    def _find_transform(self, hidden: torch.Tensor, wanted: torch.Tensor) -> Transform:
-        raw = self._layer(hidden)
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Those of the output embedding."""
+        return self._layer.parameters()
+
+    def _find_transform(self, raw: torch.Tensor, wanted: torch.Tensor) -> Transform:
         exact = raw.dtype == wanted.dtype == torch.float32
         scale = wanted.float().abs().amax().clamp(min=1.0)
         errors = {t: float((t(raw.float()) - wanted.float()).abs().amax() / scale) for t in _candidates(self._model)}
@@ -79,6 +87,20 @@ class FrozenProjection:
             "library does not know (known: a softcap, `logit_scale`, `logits_scaling`, `lm_head_multiplier`), so the "
             "logits could not be computed from hidden states."
         )
+
+
+class FrozenProjection(Projection):
+    """A [`Projection`] that never builds a graph."""
+
+    @torch.no_grad()
+    def hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """As [`Projection.hidden_states`]."""
+        return super().hidden_states(**inputs)
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As [`Projection.logits`]."""
+        return super().logits(hidden)
 
 
 def _candidates(model: PreTrainedModel) -> list[Transform]:

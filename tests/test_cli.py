@@ -1,10 +1,12 @@
 """The command line: exit codes, files, and the demo from end to end at a small size."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +38,10 @@ def test_every_command_has_help(command):
     assert "--json" in found.stdout
 
 
-@pytest.mark.parametrize("words", [(), ("no-such-command",), ("demo", "--steps", "many"), ("env", "--no-such-flag")])
+@pytest.mark.parametrize(
+    "words",
+    [(), ("no-such-command",), ("demo", "--steps", "many"), ("demo", "--samples", "0"), ("env", "--no-such-flag")],
+)
 def test_wrong_usage_exits_with_two_and_no_traceback(words):
     found = run(*words)
     assert found.returncode == 2
@@ -44,18 +49,99 @@ def test_wrong_usage_exits_with_two_and_no_traceback(words):
     assert "Traceback" not in found.stderr
 
 
-def test_a_users_mistake_exits_with_one_and_no_traceback(tmp_path):
-    found = run("demo", "--output", str(tmp_path), "--train-problems", "4", "--samples", "0")
-    assert found.returncode == 1
-    assert "error:" in found.stderr
-    assert "Traceback" not in found.stderr
+HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "datasets", "matplotlib", "yaml")
 
 
-def test_env_prints_the_versions_as_text_and_as_json(capsys):
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_loads_nothing_heavy(command):
+    words = [*([command] if command else []), "--help"]
+    code = f"""
+import contextlib, sys
+from hf_adaptive_decode.cli.main import main
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(sys.stderr):
+    main({words!r})
+print([name for name in {HEAVY!r} if name in sys.modules])"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+    assert "usage:" in found.stderr
+
+
+# --- env --------------------------------------------------------------------------------------------------------------
+
+
+def test_env_prints_what_a_bug_report_needs_as_text_and_as_json(capsys):
     assert main(["env"]) == 0
-    assert f"hf_adaptive_decode: {__version__}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"hf_adaptive_decode: {__version__}" in printed
     assert main(["env", "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out)["hf_adaptive_decode"] == __version__
+    said = capsys.readouterr()
+    facts = json.loads(said.out)
+    assert facts["hf_adaptive_decode"] == __version__
+    assert facts["torch"] == torch.__version__
+    wanted = (
+        "python platform cores transformers accelerate safetensors huggingface-hub datasets trl peft commit cpu gpus"
+    )
+    assert set(wanted.split()) <= set(facts)
+    assert facts["torch threads"].startswith(f"{torch.get_num_threads()}, ")
+    assert facts["HF_HUB_OFFLINE"] == "1"
+    assert facts["code sandbox"].partition(":")[0] in ("bubblewrap", "unshare", "none")
+    assert [f"{name}: {value}" for name, value in facts.items()] == said.err.splitlines() == printed.splitlines()
+
+
+def test_env_tells_neither_tokens_nor_passwords_nor_whose_home_it_is(tmp_path):
+    home = tmp_path / "somebody"
+    secrets = {"HF_TOKEN": "hf_secret", "HF_ENDPOINT": "https://me:hunter2@hub.example/mirror"}
+    folders = {"HOME": str(home), "HF_HOME": str(home / "models")}
+    found = subprocess.run(
+        [sys.executable, "-m", "hf_adaptive_decode.cli.main", "env"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **secrets, **folders},
+    ).stdout
+    for word in ("hf_secret", "hunter2", "somebody"):
+        assert word not in found
+    for line in ("HF_HOME: ~/models", "HF_ENDPOINT: https://hub.example/mirror", "logged in: yes"):
+        assert line in found.splitlines()
+
+
+def test_env_says_what_is_broken_and_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: 1 / 0)
+    assert main(["env", "--json", "-"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["accelerators"] == "cannot be told: ZeroDivisionError: division by zero"
+    assert "code sandbox" in facts
+
+
+def test_env_names_each_kind_of_gpu_once(monkeypatch, capsys):
+    names = ["H200", "H200", "L4"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: names[index])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=141 * 2**30))
+    assert main(["env", "--json", "-"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["gpus"], facts["gpu memory"]) == ("2 x H200, 1 x L4", "141 GiB")
+
+
+# --- configuration, and results as JSON -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["select-actions", "--problems", "2", "--samples", "1", "--grid", "small", "--k", "1", "--token-budget", "4"],
+        ["trace", "--versus", "greedy", "--token-budget", "4"],
+        ["evaluate", "--validation-problems", "2", "--test-problems", "2", "--samples", "1", "--token-budget", "4"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_nothing_but_json_goes_to_standard_output(tmp_path, monkeypatch, capfd, words):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--json", "-"]) == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)
+    assert "ritten" in said.err or "trace-0.html" in said.err
 
 
 def test_a_config_file_sets_what_flags_do_not(tmp_path, capsys):
@@ -81,14 +167,14 @@ def test_a_bad_config_file_is_wrong_usage(tmp_path, text, capsys):
 
 def test_the_demo_trains_compares_saves_and_reloads(tmp_path, capsys):
     sizes = ["--train-problems", "40", "--validation-problems", "8", "--test-problems", "8", "--samples", "2"]
-    words = ["demo", "--output", str(tmp_path / "out"), "--json", str(tmp_path / "demo.json"), "--steps", "6"]
+    words = ["demo", "--output", str(tmp_path / "out"), "--json", "-", "--steps", "6"]
     assert main([*words, *sizes, "--threads", "1"]) == 0
-    printed = capsys.readouterr().out
+    said = capsys.readouterr()
+    result, printed = json.loads(said.out), said.err
     for row in ("learned heads", "greedy", "default sampling", "MeanShift", "best static", "shuffled", "oracle"):
         assert row in printed
     assert "8 problems are too few to tell" in printed
     assert re.search(r"<eos>|\d +\d\.\d\d +\d\.\d\d", printed)
-    result = json.loads((tmp_path / "demo.json").read_text())
     own = next(line for line in result["lines"] if line["kind"] == "measure")
     assert own["problems"] == 8
     assert {"pass@1", "pass@2"} <= set(own)

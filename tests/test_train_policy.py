@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from hf_adaptive_decode import AutoDecoForCausalLM, REINFORCEDecodingTrainer
 from hf_adaptive_decode.actions import ACTION_PRESETS
 from hf_adaptive_decode.cli import policy_run
-from hf_adaptive_decode.cli.main import _config_flags, build_parser, main
+from hf_adaptive_decode.cli.main import main, parse
 from hf_adaptive_decode.cli.train_policy import _actions
 from hf_adaptive_decode.evaluation import Evaluation
 from hf_adaptive_decode.testbed import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+CONFIGS = [path for path in sorted((ROOT / "examples" / "configs").glob("*.yaml")) if path.stem != "testbed_heads"]
 SIZES = {
     "train-problems": 16,
     "steps": 4,
@@ -104,6 +104,10 @@ def test_a_token_policy_from_end_to_end(tmp_path, capsys):
     config = AutoDecoForCausalLM.from_pretrained(tmp_path / "out" / "adapter").decoding_config
     assert (config.budget_features, config.max_token_budget, config.max_prob_mask) == (["tokens", "samples"], 16, 0.95)
     assert generates(tmp_path / "out")
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "16 problems of testbed" in card
+    assert "4 problems are too few to tell" in card
+    assert not (tmp_path / "out" / "adapter" / "training_args.bin").exists()
 
 
 def test_a_prompt_policy_with_its_twin_and_nothing_but_json_on_standard_output(tmp_path, capsys):
@@ -285,9 +289,7 @@ def test_wrong_usage_exits_with_2(tmp_path, capsys, extra):
 
 
 def parsed(*flags):
-    parser = build_parser("train-policy")
-    words = ["train-policy", *flags]
-    return parser.parse_args([*words[:1], *_config_flags(parser, words[1:]), *words[1:]])
+    return parse(["train-policy", *flags])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -311,6 +313,17 @@ def test_the_config_files_are_those_that_are_documented():
     args = parsed("--config", str(ROOT / "examples/configs/gsm8k.yaml"))
     assert entry_parts(args.dataset[0]) == ("openai/gsm8k", "main", None)
     assert parsed("--config", str(ROOT / "examples/configs/testbed_token.yaml"), "--steps", "5").steps == 5
+
+
+def test_any_other_argument_of_the_trainer_can_be_set():
+    from hf_adaptive_decode.cli.train_policy import _plan
+
+    args = parsed("--set", "ema_decay=0.5", "--set", "final_learning_rate_ratio=none", "--set", "optim=adafactor")
+    given = _plan(args, _actions(args), {"train": []}, is_twin=False).arguments
+    assert (given.ema_decay, given.final_learning_rate_ratio, given.optim) == (0.5, None, "adafactor")
+    args = parsed("--set", "prefilter_range=[0.1, 0.5]", "--set", "drop_equal_groups=false")
+    given = _plan(args, _actions(args), {"train": []}, is_twin=False).arguments
+    assert (given.prefilter_range, given.drop_equal_groups) == ([0.1, 0.5], False)
 
 
 def test_actions_are_a_preset_a_file_or_temperatures():

@@ -25,18 +25,16 @@ from transformers.utils import logging
 from hf_adaptive_decode import (
     AutoDecoConfig,
     AutoDecoForCausalLM,
-    AutoDecoTrainer,
-    AutoDecoTrainingArguments,
     REINFORCEDecodingTrainer,
     REINFORCEDecodingTrainingArguments,
 )
+from hf_adaptive_decode.cli.heads_run import heads_arguments, heads_trainer, solutions
 from hf_adaptive_decode.evaluation import Evaluation, Task, evaluate_decoding, load_task
 from hf_adaptive_decode.evaluation.results import label
 from hf_adaptive_decode.evaluation.table import format_interval, markdown_table
 from hf_adaptive_decode.evaluation.tasks import PRESETS
 from hf_adaptive_decode.hub.store import load_adapter
 from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer
-from hf_adaptive_decode.training.rejection import verified_completions
 
 # The testbed's families of problems in the part of the papers' domains: chains of sums, and search for an answer that
 # can be checked. What is trained on one and measured on the other is out of its domain.
@@ -205,41 +203,26 @@ class Lab:
         sizes = self.sizes
 
         def train(folder: Path) -> Any:
-            torch.manual_seed(self.seed)
-            model = AutoDecoForCausalLM.from_base(self.base(), AutoDecoConfig(policy="heads", **config))
-            args = AutoDecoTrainingArguments(
-                output_dir=str(folder / "training"),
+            args = heads_arguments(
+                folder / "training",
                 max_steps=sizes.heads_steps,
                 per_device_train_batch_size=64 if self.is_testbed else 4,
-                learning_rate=3e-3,
-                lr_scheduler_type="cosine",
-                warmup_steps=10,
                 logging_steps=max(1, sizes.heads_steps // 25),
-                # Chosen on validation problems of the testbed, where the paper's weights hold the heads back.
-                dft_weight="off",
-                save_strategy="no",
-                report_to="none",
-                use_cpu=not torch.cuda.is_available(),
                 seed=self.seed,
             )
-            trainer = AutoDecoTrainer(
-                model, args, train_dataset=self.solutions(domain), processing_class=self.tokenizer
-            )
+            settings = AutoDecoConfig(policy="heads", **config)
+            trainer = heads_trainer(self.base(), self.tokenizer, self.solutions(domain), args, settings)
             trainer.train()
-            return model, trainer.state.log_history
+            return trainer.model, trainer.state.log_history
 
         return self.adapter(f"{name}-{domain}", {"domain": domain, **config}, train)
 
     def solutions(self, domain: str) -> list[dict[str, Any]]:
         """Completions of the base model itself that the reward has verified."""
-        path = self.output / "solutions" / f"{domain}-{self.sizes.heads_problems}-{self.seed}.json"
-        if not path.exists():
-            problems = self.training_problems(domain, self.sizes.heads_problems)
-            how = {"token_budget": self.sizes.token_budget, "seed": self.seed, "batch_rows": 1024}
-            found = verified_completions(self.base(), self.tokenizer, problems, self.task(domain).reward, **how)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found), encoding="utf-8")
-        return json.loads(path.read_text(encoding="utf-8"))
+        path = self.output / "solutions" / f"{domain}-{self.sizes.heads_problems}-{self.seed}.jsonl"
+        problems = self.training_problems(domain, self.sizes.heads_problems)
+        how = {"token_budget": self.sizes.token_budget, "seed": self.seed, "batch_rows": 1024}
+        return solutions(path, self.base(), self.tokenizer, problems, self.task(domain).reward, **how)
 
     def policy(
         self,

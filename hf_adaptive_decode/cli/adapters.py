@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,39 @@ _SETTINGS = {"T": "temperature", "P": "top_p", "K": "top_k"}
 _STATICS = {"greedy": {"temperature": 0.0}, "default": {"temperature": 1.0}}
 
 
-def load_for_adapter(args: argparse.Namespace, adapter: str | None) -> tuple[Any, Any]:
+def load_for_adapters(args: argparse.Namespace, adapters: Sequence[str]) -> tuple[Any, Any]:
     """
-    The model of `--model`, or else the adapter's own base, or else the embedded one; in evaluation mode.
+    The model of `--model`, or else the first adapter's own base, or else the embedded one; in evaluation mode, and with
+    the LoRA that an adapter may have beside it.
 
     Args:
         args (`argparse.Namespace`): With `model`, `None` if none was asked for, and `threads`.
-        adapter (`str`, *optional*): Folder or Hub id.
+        adapters (sequence of `str`): Folders or Hub ids of all that are to decode with it.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        `ValueError`, [`AdapterLoadError`]: If either cannot be loaded.
+        `ValueError`, [`AdapterLoadError`]: If either cannot be loaded, or an adapter's LoRA would be in the way of
+            others.
     """
+    from ..hub.peft_weights import load_peft
+    from ..hub.store import locate
+
+    lora = {adapter: locate(adapter).peft for adapter in dict.fromkeys(adapters)}
+    tuned = {adapter: folder for adapter, folder in lora.items() if folder is not None}
+    if tuned and len(lora) > 1:
+        raise ValueError(
+            f"{next(iter(tuned))} comes with a LoRA, which would change the base model of the others too; take one at "
+            "a time."
+        )
+    model, tokenizer = _load_base(args, next(iter(lora), None))
+    for folder in tuned.values():
+        load_peft(model, folder)
+    return model, tokenizer
+
+
+def _load_base(args: argparse.Namespace, adapter: str | None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer
 

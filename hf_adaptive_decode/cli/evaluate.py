@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters import load_for_adapter, static_settings
+from .adapters import load_for_adapters, static_settings
+from .comparison import baselines_of, update_cards
 from .pictures import has_pictures, write_gains
 from .tasks import add_eval_task_arguments, add_model_arguments, load_tasks, positive
 
@@ -62,18 +62,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates, prints tables and verdicts, writes files; returns the lines of `results.jsonl`."""
     from transformers import logging
 
-    from ..evaluation import EVERY_FAIR, STANDARD, evaluate_decoding
+    from ..evaluation import evaluate_decoding
 
     logging.set_verbosity_error()
     adapters, rivals = _by_name(args.adapter), _by_name(args.rival)
-    model, tokenizer = load_for_adapter(args, next((group[0] for group in adapters.values()), None))
-    baselines = STANDARD if args.baselines is None else EVERY_FAIR if args.baselines == ["fair"] else args.baselines
+    model, tokenizer = load_for_adapters(
+        args, [one for group in (adapters, rivals) for folders in group.values() for one in folders]
+    )
     found = evaluate_decoding(
         model,
         tokenizer,
         load_tasks(args),
         adapters,
-        baselines=[*baselines, *map(_static, args.static)],
+        baselines=[*baselines_of(args.baselines), *map(_static, args.static)],
         rivals=rivals,
         samples=args.samples,
         ks=args.k,
@@ -86,12 +87,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     files += write_gains(found.measures, Path(args.output)) if has_pictures() else []
     files += _write_statics(found.verdicts, model, Path(args.output))
     if args.update_cards:
-        _update_cards(found, adapters)
-    say = sys.stderr if args.json == "-" else sys.stdout
-    print(f"\nIn per cent with 95 % intervals over problems; gains are paired by problem.\n\n{found.table()}", file=say)
+        update_cards(found, adapters)
+    print(f"\nIn per cent with 95 % intervals over problems; gains are paired by problem.\n\n{found.table()}")
     if found.verdicts:
-        print(f"\n{found.summary()}", file=say)
-    print(f"\nWritten: {', '.join(files)}", file=say)
+        print(f"\n{found.summary()}")
+    print(f"\nWritten: {', '.join(files)}")
     return {"lines": found.lines, "files": files}
 
 
@@ -129,13 +129,3 @@ def _write_statics(verdicts: Sequence[dict[str, Any]], model: Any, folder: Path)
             name = re.sub(r"[^\w.+-]+", "-", f"{line['adapter']}-{line['task']}-{budgets}-pass{line['k']}")
             written.append(str(write_static_generation_config(folder / name, line["static"], tokens)))
     return written
-
-
-def _update_cards(found: Any, adapters: dict[str, list[str]]) -> None:
-    from ..hub.card import add_results
-
-    for name, folders in adapters.items():
-        lines = [line for line in found.lines if line["kind"] == "provenance" or line["adapter"] == name]
-        for folder in folders:
-            if Path(folder).is_dir():
-                add_results(folder, lines)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import MissingExtraError
 from ..evaluation.provenance import environment
-from .tasks import add_task_arguments, load_model, load_problems, positive, reward_function
+from .tasks import add_task_arguments, asked, count, load_model, load_problems, positive, reward_function
 
 _PLOTTED = 20  # how many actions the figure goes up to, to show where more stop paying
 _CAVEAT = (
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", type=positive, default=200, help="validation problems to choose on")
     parser.add_argument(
         "--check-problems",
-        type=_count,
+        type=count,
         metavar="N",
         help="further validation problems to measure the chosen sets on; as many as --problems by default, 0 for none",
     )
@@ -50,10 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_task_arguments(parser)
 
 
-def _count(text: str) -> int:
-    return 0 if text == "0" else positive(text)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates the pool, chooses, measures the choice again and writes it; returns what it printed as numbers."""
     from transformers import logging
@@ -71,8 +67,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_model(args)
     output = Path(args.output)
     how: dict[str, Any] = {name: vars(args)[name] for name in ("samples", "token_budget", "batch_rows")}
-    asked = problems[: args.problems]
-    table = evaluate_pool(model, tokenizer, asked, reward, pool, **how, seed=args.seed, folder=output)
+    chosen_on = problems[: args.problems]
+    table = evaluate_pool(model, tokenizer, chosen_on, reward, pool, **how, seed=args.seed, folder=output)
     result = _selection(table, pool, args.k)
     (output / "actions.json").write_text(json.dumps(result["actions"], indent=2) + "\n", encoding="utf-8")
     result["check"] = None
@@ -83,11 +79,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         fresh = evaluate_pool(model, tokenizer, problems[args.problems :], reward, actions, **how, seed=args.seed + 1)
         result["check"] = _check(fresh, columns, result)
     written = ["actions.json", POOL_FILE, *_plot(table, args.k, output)]
-    say = sys.stderr if args.json == "-" else sys.stdout
-    print(_report(result, args, len(pool)), file=say)
-    print(f"\nWritten to {output}: {', '.join(written)}.", file=say)
-    settings = {name: value for name, value in vars(args).items() if name not in ("command", "json", "config")}
-    result |= {"candidates": len(pool), "arguments": settings, "seconds": time.perf_counter() - started}
+    print(_report(result, args, len(pool)))
+    print(f"\nWritten to {output}: {', '.join(written)}.")
+    result |= {"candidates": len(pool), "arguments": asked(args), "seconds": time.perf_counter() - started}
     return {**result, "environment": environment()}
 
 

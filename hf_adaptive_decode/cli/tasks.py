@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from ..errors import AdaptiveDecodeError
+from ..errors import AdaptiveDecodeError, MissingExtraError
 from ..evaluation.sources import REWARDS, TESTBED, Source, rows_in_turns
 from ..evaluation.tasks import PRESETS, Task, find_reward, load_task
 
 __all__ = [
     "TESTBED",
+    "above_zero",
     "add_eval_task_arguments",
     "add_model_arguments",
+    "add_prompt_arguments",
     "add_task_arguments",
+    "asked",
+    "count",
+    "dataset_names",
     "load_model",
     "load_problems",
     "load_tasks",
+    "named_as_flags",
     "positive",
+    "read_source",
     "reward_function",
+    "tasks_of",
 ]
 _PROMPT_COLUMN = "prompt"
 # Of `function` the columns are HumanEval's: `--task humaneval=PATH` is for such data.
@@ -38,6 +48,18 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """`--model`, `--dataset`, `--reward` and what belongs to them."""
     add_model_arguments(parser)
     _add_dataset_arguments(parser, default=[TESTBED])
+
+
+def add_prompt_arguments(group: Any) -> None:
+    """`--prompt-template` and `--chat`: how problems are put to the model."""
+    group.add_argument(
+        "--prompt-template",
+        metavar="TEXT",
+        help="how the problems of --dataset are asked, with {prompt} where their text goes and {tests} where tests do",
+    )
+    group.add_argument(
+        "--chat", action="store_true", help="ask plain prompts as a user's message, through the model's chat template"
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,14 +81,7 @@ def add_eval_task_arguments(parser: argparse.ArgumentParser) -> None:
         "set that the name stands for",
     )
     _add_dataset_arguments(group, default=None)
-    group.add_argument(
-        "--prompt-template",
-        metavar="TEXT",
-        help="how the problems of --dataset are asked, with {prompt} where their text goes and {tests} where tests do",
-    )
-    group.add_argument(
-        "--chat", action="store_true", help="ask plain prompts as a user's message, through the model's chat template"
-    )
+    add_prompt_arguments(group)
     for part, most, what in (("validation", 300, "to choose baselines on"), ("test", 600, "to report on")):
         group.add_argument(
             f"--{part}-problems", type=positive, default=most, metavar="N", help=f"at most how many of a task {what}"
@@ -81,10 +96,10 @@ def _add_dataset_arguments(parser: Any, default: list[str] | None) -> None:
         default=default,
         help="problems, of one or several sources: `testbed`"
         + (", " if default is None else " (the default), ")
-        + "a .jsonl or .json file, or a folder or Hub id for `datasets`, as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. A "
-        "file, a single split and a named SPLIT are divided into train, validation and test (80/10/10) by a hash of "
-        "the prompt; else the set's own splits are used, and those it lacks are taken from its train split in the same "
-        "way",
+        + "a .jsonl, .json or .parquet file, or a folder or Hub id for `datasets`, as NAME, NAME:SPLIT or "
+        "NAME:CONFIG:SPLIT. A file, a single split and a named SPLIT are divided into train, validation and test "
+        "(80/10/10) by a hash of the prompt; else the set's own splits are used, and those it lacks are taken from its "
+        "train split in the same way",
     )
     parser.add_argument("--prompt-column", default=_PROMPT_COLUMN, metavar="NAME", help="the column with the prompts")
     parser.add_argument(
@@ -109,6 +124,27 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return number
+
+
+def count(text: str) -> int:
+    """A whole number from 0, for argparse."""
+    return 0 if text == "0" else positive(text)
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What a command was asked for, for its result."""
+    return {name: value for name, value in vars(args).items() if name not in ("command", "json", "config")}
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -152,7 +188,7 @@ def load_problems(args: argparse.Namespace, split: str, n: int | None, seed: int
     Rows of all of `--dataset`, the sources taking turns, so that every prefix of n rows is balanced.
 
     Args:
-        args (`argparse.Namespace`): With the task arguments.
+        args (`argparse.Namespace`): With the task arguments, and `prompt_template` if the command has it.
         split (`str`): `"train"`, `"validation"` or `"test"`; no prompt is in two of them.
         n (`int`, *optional*): How many rows in all; all there are when `None` (of the testbed, as many as it gives).
         seed (`int`): Which ones.
@@ -162,8 +198,9 @@ def load_problems(args: argparse.Namespace, split: str, n: int | None, seed: int
         `ValueError`: If a source cannot be read, lacks a column or the rows, or does not fit the reward.
         [`MissingExtraError`]: If `datasets` is needed and not installed.
     """
-    with _named_as_flags():
-        sources = [_source(entry, args, chat) for entry in dict.fromkeys(args.dataset)]
+    with named_as_flags():
+        template = vars(args).get("prompt_template")
+        sources = [_source(entry, args, chat, template) for entry in dict.fromkeys(args.dataset)]
         return rows_in_turns(sources, split, n, seed)
 
 
@@ -181,17 +218,38 @@ def load_tasks(args: argparse.Namespace) -> list[Task]:
         [`MissingExtraError`], [`SandboxUnavailableError`]: If `datasets` or what a reward needs is missing.
     """
     _check_own(args)
+    return tasks_of(args, args.task or ([] if args.dataset else [TESTBED]), args.dataset or [], args.prompt_template)
+
+
+def dataset_names(args: argparse.Namespace) -> str:
+    """What `--dataset` is called where others read it, without the folders that files lie in."""
+    return ", ".join(Path(entry).stem if Path(entry).exists() else entry for entry in dict.fromkeys(args.dataset))
+
+
+def tasks_of(
+    args: argparse.Namespace, names: Sequence[str], datasets: Sequence[str], template: str | None = None
+) -> list[Task]:
+    """
+    The tasks of some names, and one for each of some data sets.
+
+    Args:
+        args (`argparse.Namespace`): With how to read the data sets, and how many problems.
+        names (sequence of `str`): As `--task` takes them.
+        datasets (sequence of `str`): As `--dataset` takes them.
+        template (`str`, *optional*): How the problems of the data sets are asked.
+    """
     how: dict[str, Any] = {"validation": args.validation_problems, "test": args.test_problems, "seed": args.seed}
     found: dict[str, Task] = {}
-    for word in args.task or ([] if args.dataset else [TESTBED]):
+    for word in names:
         name, equals, path = word.partition("=")
         if equals and not path:
             raise ValueError(f"--task {word} has no path behind its =; write {word}PATH, or {name} alone.")
-        with _named_as_flags(f"--task {word}: "):
+        with named_as_flags(f"--task {word}: "):
             found[word] = load_task(name, path or None, chat=args.chat, **how)
-    for entry in args.dataset or []:
-        with _named_as_flags():
-            found[entry] = load_task(_source(entry, args, args.chat, args.prompt_template), **how)
+    for entry in datasets:
+        with named_as_flags():
+            source = _source(entry, args, args.chat, template)
+            found[entry] = load_task(*([source] if source.dataset == entry else [Path(entry).stem, source]), **how)
     shared = Counter(task.name for task in found.values())
     return [replace(task, name=word) if shared[task.name] > 1 else task for word, task in found.items()]
 
@@ -216,11 +274,25 @@ def _check_own(args: argparse.Namespace) -> None:
 def _source(entry: str, args: argparse.Namespace, chat: bool, template: str | None = None) -> Source:
     """One of `--dataset` with what the other flags say of it."""
     columns = (args.prompt_column, args.solution_column, args.solution_after)
-    return Source(entry, args.reward, *columns, prompt_template=template, chat=chat)
+    return Source(read_source(entry), args.reward, *columns, prompt_template=template, chat=chat)
+
+
+def read_source(entry: str) -> Any:
+    """A Parquet file as the rows in it; all else as it is, to be read by the library."""
+    if Path(entry).suffix != ".parquet":
+        return entry
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", "train") from error
+    try:
+        return datasets.Dataset.from_parquet(entry)
+    except Exception as error:  # damaged files raise whatever their reader raises
+        raise ValueError(f"`dataset={entry}` cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
-def _named_as_flags(where: str = "") -> Iterator[None]:
+def named_as_flags(where: str = "") -> Iterator[None]:
     """Errors of the library with its arguments as the flags that they come from, behind `where`."""
     try:
         yield

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.provenance import environment
-from .adapters import load_for_adapter, static_settings
-from .tasks import add_task_arguments, load_problems, positive, reward_function
+from .adapters import load_for_adapters, static_settings
+from .tasks import add_task_arguments, asked, count, load_problems, positive, reward_function
 
 _TOKENS_FILE = "tokens.jsonl"
 
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="what to complete, instead of a problem of --dataset")
-    what.add_argument("--problem", type=_index, default=0, metavar="N", help="which problem of the split, from 0")
+    what.add_argument("--problem", type=count, default=0, metavar="N", help="which problem of the split, from 0")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="of --dataset")
     parser.add_argument(
         "--chat", action="store_true", help="ask a plain prompt as a user's message, through the model's chat template"
@@ -44,10 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_task_arguments(parser)
     # So that an adapter's own base model is told from one that was asked for.
     parser.set_defaults(model=None)
-
-
-def _index(text: str) -> int:
-    return 0 if text == "0" else positive(text)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -67,20 +62,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     row = _problem(args)
     reward = None if args.prompt is not None else reward_function(args.reward)
-    model, tokenizer = load_for_adapter(
-        args, next((name for name, settings in decoders.items() if settings is None), None)
-    )
+    adapters = [name for name, settings in decoders.items() if settings is None]
+    model, tokenizer = load_for_adapters(args, adapters)
     if args.chat and not tokenizer.chat_template:
         raise ValueError("--chat needs a chat template, and the model's tokenizer has none; leave it out.")
     traces = [_traces(args, model, tokenizer, row, reward, *decoder) for decoder in decoders.items()]
     files = _write(args, traces)
-    print("\n".join(files), file=sys.stderr if args.json == "-" else sys.stdout)
-    asked = {name: value for name, value in vars(args).items() if name not in ("command", "json", "config")}
+    print("\n".join(files))
     return {
         "files": files,
         "prompt": traces[0][0].prompt,
         "decoders": [_summary(group) for group in traces],
-        "arguments": asked,
+        "arguments": asked(args),
         "seconds": time.perf_counter() - started,
         "environment": environment(),
     }

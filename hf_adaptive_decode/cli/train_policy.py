@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,110 +11,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.provenance import environment
-from .policy_run import RunFolder, prior_entries, static_rates, train_in
-from .tasks import TESTBED, add_task_arguments, load_model, load_problems, positive, reward_function
+from .comparison import show, update_cards
+from .policy_flags import add_policy_arguments
+from .policy_run import prior_entries, static_rates, train_policy_in
+from .push import check_upload, upload
+from .run_folder import RunFolder, digest
+from .tasks import TESTBED, asked, dataset_names, load_model, load_problems, reward_function
+from .training_flags import FREE, check_trackers, trainer_settings
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
 
-# What changes nothing about the trained policy, so that a run may go on, or be measured again, with others.
-_FREE = {"command", "json", "config", "output", "threads", "resume", "save_steps", "report_to", "log_completions"}
-_FREE |= {"rollout_batch_rows", "twin", "test_problems", "eval_batch_rows"}
+_FREE = FREE | {"log_completions", "twin"}
 _FREE_WITHOUT_PRIOR = {"validation_problems", "eval_samples"}
+# Of the trainer's arguments those that the command has flags for, by their names there.
+_SAME = ["num_generations", "budget", "parallel_budget", "reward_aggregation", "baseline", "entropy_coef", "kl_coef"]
+_SAME += ["cot_ratio", "cot_template", "prefilter_samples", "learning_rate", "rollout_batch_rows", "seed"]
+_SAME += ["report_to", "log_completions"]
+_OWN = {name: f"--{name.replace('_', '-')}" for name in [*_SAME, "max_prob_mask"]}
+_OWN |= {"per_device_train_batch_size": "--prompts-per-step"}
 Row = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The task, the policy, its training and the comparison; the defaults are for the embedded model."""
-    parser.add_argument("--output", default="policy_output", metavar="DIR", help="for DIR/adapter and DIR/evaluation")
-    parser.add_argument("--seed", type=int, default=0, help="seeds the choice of problems, training and sampling")
-    add_task_arguments(parser)
-    parser.add_argument(
-        "--chat", action="store_true", help="ask plain prompts as a user's message, through the model's chat template"
-    )
-    _policy_arguments(parser.add_argument_group("policy"))
-    _training_arguments(parser.add_argument_group("training"))
-    _evaluation_arguments(parser.add_argument_group("comparison"))
-
-
-def _policy_arguments(group: Any) -> None:
-    group.add_argument(
-        "--policy",
-        default="token_actions",
-        choices=["token_actions", "sequence_actions"],
-        help="whether an action is chosen for each token or for each prompt",
-    )
-    group.add_argument(
-        "--actions",
-        nargs="+",
-        help="a preset (math, code, mixed, token_math), a JSON file as select-actions writes it, or temperatures; by "
-        "default token_math for tokens and math for prompts",
-    )
-    group.add_argument("--features", nargs="+", default=["hidden"], choices=["hidden", "statistics", "entropy"])
-    group.add_argument(
-        "--told",
-        nargs="+",
-        choices=["tokens", "samples", "none"],
-        help="what the policy knows of the budget; by default the tokens left for tokens, the samples for prompts",
-    )
-    group.add_argument("--pooling", default="last", choices=["last", "mean"], help="of the prompt's hidden states")
-    for name, budget in (("--max-token-budget", "--budget"), ("--max-parallel-budget", "--parallel-budget")):
-        group.add_argument(name, type=positive, help=f"largest that is told apart; by default the largest {budget}")
-    group.add_argument("--deterministic", action="store_true", help="decode with the likeliest action")
-    group.add_argument("--hidden-size", type=positive, default=128, help="width of the two hidden layers")
-    group.add_argument("--dropout", type=float, default=0.1, help="theirs, in training")
-    group.add_argument(
-        "--prior",
-        type=float,
-        metavar="P",
-        help="start with this probability of the action that is the best static on the validation problems, for each "
-        "parallel budget; by default all actions start alike",
-    )
-
-
-def _training_arguments(group: Any) -> None:
-    group.add_argument("--train-problems", type=positive, help="by default all there are, and 4000 of the testbed")
-    group.add_argument("--steps", type=positive, default=60)
-    group.add_argument("--prompts-per-step", type=positive, default=96)
-    group.add_argument("--num-generations", type=positive, default=8, help="completions of each prompt")
-    group.add_argument("--budget", type=positive, nargs="+", default=[48], help="new tokens of each completion")
-    group.add_argument("--parallel-budget", type=positive, nargs="+", default=[1], help="B, one or several")
-    # The others of the trainer need a scorer or a reader of answers, which a command line cannot hand over.
-    group.add_argument("--reward-aggregation", default="mean", choices=["mean", "pass@B"])
-    group.add_argument("--baseline", default="leave_one_out", choices=["leave_one_out", "batch", "ema", "none"])
-    group.add_argument("--entropy-coef", type=float, default=0.03)
-    group.add_argument("--kl-coef", type=float, default=0.0)
-    group.add_argument(
-        "--max-prob-mask", type=float, default=0.95, help="tokens surer than this are greedy (token policies); 0: none"
-    )
-    group.add_argument("--cot-ratio", type=float, default=0.0, help="part of the prompts that ask for a thought")
-    group.add_argument("--cot-template", help="math, code, step_by_step, or the text itself")
-    group.add_argument("--prefilter-samples", type=_count, default=0, help="samples a prompt to filter prompts by")
-    group.add_argument("--learning-rate", type=float, default=3e-3)
-    group.add_argument("--rollout-batch-rows", type=positive, help="most completions decoded at once in training")
-    group.add_argument("--save-steps", type=_count, default=20, help="steps between checkpoints, 0 for none")
-    group.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on from the last checkpoint in --output; --no-resume deletes those and starts over",
-    )
-    group.add_argument("--report-to", nargs="+", default=["none"], help="trackers of transformers: tensorboard, ...")
-    group.add_argument("--log-completions", action="store_true", help="write them to DIR/training/completions")
-
-
-def _evaluation_arguments(group: Any) -> None:
-    group.add_argument("--validation-problems", type=positive, default=300, help="to choose baselines on")
-    group.add_argument("--test-problems", type=_count, default=600, help="to report on; 0 for no comparison")
-    group.add_argument("--eval-samples", type=positive, default=8, help="completions of each of them")
-    group.add_argument("--eval-batch-rows", type=positive, default=256, help="sequences decoded at once")
-    group.add_argument(
-        "--twin", action="store_true", help="also train the same policy without its knowledge of the budget"
-    )
-
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+    add_policy_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -133,12 +52,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, policies = _train(args, plans, actions, reward, problems)
     found = _compare(args, model, tokenizer, problems, reward, actions, policies) if args.test_problems else None
     _show(found, plans, args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("command", "json", "config")}
+    url = upload(plans[0].run.adapter, args.push_to_hub, args) if args.push_to_hub else None
     result: dict[str, Any] = {"lines": [] if found is None else found.lines, "actions": actions}
     result |= {"training": {plan.name: plan.run.record["log"] for plan in plans}}
     result |= {"priors": {name: group[0].config.action_prior for name, group in policies.items()}}
     seconds = time.perf_counter() - started
-    return {**result, "arguments": settings, "seconds": seconds, "environment": environment()}
+    return {**result, "url": url, "arguments": asked(args), "seconds": seconds, "environment": environment()}
 
 
 def _train(
@@ -158,15 +77,15 @@ def _train(
                 rates.append(_rates(args, model, tokenizer, problems["validation"], reward, actions))
             return plan.config(rates[0] if rates else None)
 
-        how = {"arguments": plan.arguments, "deterministic": args.deterministic}
-        policy = train_in(plan.run, model, tokenizer, config, reward=reward, problems=problems["train"], **how)
+        how = {"arguments": plan.arguments, "deterministic": args.deterministic, "source": dataset_names(args)}
+        policy = train_policy_in(plan.run, model, tokenizer, config, reward=reward, problems=problems["train"], **how)
         policies[plan.name] = [policy]
     return model, tokenizer, policies
 
 
 def _check(args: argparse.Namespace) -> None:
-    from transformers.integrations.integration_utils import get_available_reporting_integrations
-
+    check_trackers(args.report_to)
+    check_upload(args)
     measures = bool(args.test_problems) or args.prior is not None
     if measures and args.eval_samples < max(args.parallel_budget):
         raise ValueError(
@@ -179,9 +98,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--told is {' '.join(args.told)}; `none` stands alone.")
     if args.twin and args.told == ["none"]:
         raise ValueError("--twin is the policy that is not told the budget, and --told none is that already.")
-    known = {"none", "all", *get_available_reporting_integrations()}
-    if not set(args.report_to) <= known:
-        raise ValueError(f"--report-to is {' '.join(args.report_to)}; installed are: {', '.join(sorted(known))}.")
 
 
 def _actions(args: argparse.Namespace) -> list[dict[str, float]]:
@@ -252,13 +168,12 @@ def _plan(
 
     folder = Path(args.output, "twin") if is_twin else Path(args.output)
     free = _FREE if args.prior is not None else _FREE | _FREE_WITHOUT_PRIOR
-    asked = {name: value for name, value in vars(args).items() if name not in free}
-    asked |= {"actions": actions, "told": fresh.budget_features}
+    record = {name: value for name, value in vars(args).items() if name not in free}
     used = {split: rows for split, rows in problems.items() if split == "train" or (split != "test" and args.prior)}
-    asked["problems"] = hashlib.sha256(json.dumps(used, sort_keys=True, default=str).encode()).hexdigest()
+    record |= {"actions": actions, "told": fresh.budget_features, "problems": digest([used])}
     kind = "token" if args.policy == "token_actions" else "prompt"
     name = "its twin, not told the budget" if is_twin else f"learned {kind} policy"
-    run_folder = RunFolder(folder, json.loads(json.dumps(asked)), args.resume)
+    run_folder = RunFolder(folder, json.loads(json.dumps(record)), args.resume)
     return _Plan(name, run_folder, _trainer_arguments(args, folder), config)
 
 
@@ -267,22 +182,21 @@ def _trainer_arguments(args: argparse.Namespace, folder: Path) -> Any:
 
     from ..training import REINFORCEDecodingTrainingArguments
 
-    same = ["num_generations", "budget", "parallel_budget", "reward_aggregation", "baseline", "entropy_coef", "kl_coef"]
-    same += ["cot_ratio", "cot_template", "prefilter_samples", "learning_rate", "rollout_batch_rows", "seed"]
-    same += ["report_to", "log_completions"]
-    return REINFORCEDecodingTrainingArguments(
-        output_dir=str(folder / "training"),
-        per_device_train_batch_size=args.prompts_per_step,
-        max_steps=args.steps,
-        max_prob_mask=args.max_prob_mask or None,
-        save_strategy="steps" if args.save_steps else "no",
-        save_steps=args.save_steps or args.steps,
-        save_total_limit=2,
-        logging_steps=max(1, args.steps // 20),
-        disable_tqdm=False,
-        use_cpu=args.model == TESTBED or not torch.cuda.is_available(),
-        **{name: vars(args)[name] for name in same},
-    )
+    how = {
+        "output_dir": str(folder / "training"),
+        "per_device_train_batch_size": args.prompts_per_step,
+        "max_steps": args.steps,
+        "max_prob_mask": args.max_prob_mask or None,
+        "save_strategy": "steps" if args.save_steps else "no",
+        "save_steps": args.save_steps or args.steps,
+        "save_total_limit": 2,
+        "logging_steps": max(1, args.steps // 20),
+        "disable_tqdm": False,
+        "use_cpu": args.model == TESTBED or not torch.cuda.is_available(),
+        **{name: vars(args)[name] for name in _SAME},
+        **trainer_settings(REINFORCEDecodingTrainingArguments, args.set, _OWN),
+    }
+    return REINFORCEDecodingTrainingArguments(**how)
 
 
 def _rates(args: argparse.Namespace, model: Any, tokenizer: Any, problems: Any, reward: Any, actions: Any) -> Any:
@@ -320,13 +234,12 @@ def _compare(
     known = {"greedy", *map(describe, STATIC_GRID)}
     grid = [*STATIC_GRID, *(action for action in actions if describe(action) not in known)]
     rows = {split: _as_asked(args, problems[split]) for split in ("validation", "test")}
-    names = [Path(entry).stem if Path(entry).is_file() else entry for entry in dict.fromkeys(args.dataset)]
     answer = read_testbed_answer if args.reward == TESTBED else None
     main, *others = policies
     return evaluate_decoding(
         model,
         tokenizer,
-        Task(", ".join(names), **rows, reward=reward, answer=answer),
+        Task(dataset_names(args), **rows, reward=reward, answer=answer),
         {main: policies[main]},
         rivals={name: policies[name] for name in others},
         samples=args.eval_samples,
@@ -340,11 +253,10 @@ def _compare(
 
 
 def _show(found: Evaluation | None, plans: Sequence[_Plan], args: argparse.Namespace) -> None:
-    say = sys.stderr if args.json == "-" else sys.stdout
     if found is not None:
+        update_cards(found, {plans[0].name: [plans[0].run.adapter]})
         size = f"{args.test_problems} test problems, {args.eval_samples} samples each"
-        print(f"\n{size}; in per cent with 95 % intervals over problems; gains are paired by problem:\n", file=say)
-        print(f"{found.table()}\n\n{found.summary()}\n\nWritten to {Path(args.output, 'evaluation')}.", file=say)
+        show(found, size, Path(args.output, "evaluation"))
     for plan in plans:
         line = f"AutoDecoForCausalLM.from_pretrained({str(plan.run.adapter)!r})"
-        print(f"\nLoad it in one line ({plan.name}): {line}", file=say)
+        print(f"\nLoad it in one line ({plan.name}): {line}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .chunked import CHUNK_BYTES, LOSS_TYPES, DecodingLossOutput, chunked_decoding_loss
 from .config import IGNORE_INDEX, DecodingLossConfig
 from .control import RankingLossConfig, ranking_loss
+from .joint import joint_decoding_loss
 from .masking import is_easy_token, stable_mask_uniform
 from .reference import decoding_loss_reference, soft_top_p_probs
 from .rows import RowDerivatives, soft_top_p_nll
@@ -20,6 +21,7 @@ __all__ = [
     "chunked_decoding_loss",
     "decoding_loss_reference",
     "is_easy_token",
+    "joint_decoding_loss",
     "ranking_loss",
     "soft_top_p_nll",
     "soft_top_p_probs",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class DecodingLossOutput:
 
 
 @dataclass(frozen=True)
-class _PositionLoss:
+class PositionLoss:
     """A chunk's losses and their derivatives, each float32 `[C]`."""
 
     value: torch.Tensor
@@ -53,21 +53,21 @@ class _PositionLoss:
     d_top_p: torch.Tensor
 
 
-def _end_to_end(rows: RowDerivatives, moves_temperature: torch.Tensor, _config: DecodingLossConfig) -> _PositionLoss:
+def _end_to_end(rows: RowDerivatives, moves_temperature: torch.Tensor, _config: DecodingLossConfig) -> PositionLoss:
     """`-log p~_y`, whose gradient to T is dropped where `moves_temperature` is False."""
-    return _PositionLoss(rows.loss, rows.d_temperature.where(moves_temperature, 0.0), rows.d_top_p)
+    return PositionLoss(rows.loss, rows.d_temperature.where(moves_temperature, 0.0), rows.d_top_p)
 
 
-def _two_loss(rows: RowDerivatives, moves_temperature: torch.Tensor, config: DecodingLossConfig) -> _PositionLoss:
+def _two_loss(rows: RowDerivatives, moves_temperature: torch.Tensor, config: DecodingLossConfig) -> PositionLoss:
     """`-log softmax(l / T)_y - log p~_y`; the first term is dropped where `moves_temperature` is False."""
     value = (-rows.scaled_log_prob).where(moves_temperature, 0.0) + rows.loss
     d_temperature = rows.scaled_d_temperature.where(moves_temperature, 0.0)
     if not config.detach_temperature:
         d_temperature = d_temperature + rows.d_temperature
-    return _PositionLoss(value, d_temperature, rows.d_top_p)
+    return PositionLoss(value, d_temperature, rows.d_top_p)
 
 
-LOSS_TYPES: dict[str, Callable[[RowDerivatives, torch.Tensor, DecodingLossConfig], _PositionLoss]] = {
+LOSS_TYPES: dict[str, Callable[[RowDerivatives, torch.Tensor, DecodingLossConfig], PositionLoss]] = {
     "end_to_end": _end_to_end,
     "two_loss": _two_loss,
 }
@@ -100,7 +100,24 @@ class _KnownDerivatives(torch.autograd.Function):
         )
 
 
-class _Sums:
+@dataclass(frozen=True)
+class Chunk:
+    """What is known of a chunk's kept positions, each field `[C]` or without a size, before any gradient is taken."""
+
+    # the rows of the projection that were kept, [C, V]; `None` where the loss does not move them
+    logits: torch.Tensor | None
+    # as predicted, with the policy's graph
+    temperature: torch.Tensor | None
+    top_p: torch.Tensor | None
+    rows: RowDerivatives
+    # L_i and its derivatives
+    part: PositionLoss
+    # w_i
+    weight: torch.Tensor
+    n_easy_dropped: int
+
+
+class LossSums:
     """Adds up over chunks what [`DecodingLossOutput`] reports."""
 
     def __init__(self, device: torch.device) -> None:
@@ -109,22 +126,22 @@ class _Sums:
         self.n_kept = 0
         self.n_easy_dropped = 0
 
-    def add(
-        self,
-        losses: torch.Tensor,
-        temperature: torch.Tensor | None,
-        top_p: torch.Tensor | None,
-        rows: RowDerivatives,
-    ) -> None:
+    def add(self, losses: torch.Tensor, chunk: Chunk) -> None:
+        """Counts a chunk and its `w_i L_i` `[C]`."""
         self.loss = self.loss + losses.sum()
         self.n_kept += losses.numel()
-        for index, predicted in enumerate((temperature, top_p)):
+        self.n_easy_dropped += chunk.n_easy_dropped
+        for index, predicted in enumerate((chunk.temperature, chunk.top_p)):
             if predicted is not None:
                 wide = predicted.detach().double()
                 self.metrics[2 * index] += wide.sum()
                 self.metrics[2 * index + 1] += wide.square().sum()
-        self.metrics[4] -= rows.scaled_log_prob.double().sum()
-        self.metrics[5] += rows.loss.double().sum()
+        self.metrics[4] -= chunk.rows.scaled_log_prob.double().sum()
+        self.metrics[5] += chunk.rows.loss.double().sum()
+
+    def output(self, loss: torch.Tensor, n_valid: int) -> DecodingLossOutput:
+        """The loss with all that was counted beside it."""
+        return DecodingLossOutput(loss, n_valid, self.n_kept, self.n_easy_dropped, *self.metrics.unbind(0))
 
 
 def chunked_decoding_loss(
@@ -166,24 +183,24 @@ def chunked_decoding_loss(
         parameters, so that `backward` gives zeros.
     """
     config = config or DecodingLossConfig()
-    _check_inputs(hidden, targets, mask_uniform, num_items, chunk_size, config)
+    check_inputs(hidden, targets, mask_uniform, num_items, chunk_size, config)
     valid = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    n_valid = valid.numel()
-    sums = _Sums(hidden.device)
-    start, size = 0, chunk_size or _FIRST_CHUNK
-    # Even without a valid position one empty chunk runs: it is what connects the 0 to the policy's parameters.
-    while start < n_valid or start == 0:
-        positions = valid[start : start + size]
-        logits = _project(project, hidden, positions)
-        _add_chunk(sums, hidden, targets, positions, logits, predict, mask_uniform, config)
-        start += size
-        if chunk_size is None:
-            size = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
-    divisor = max(n_valid, 1) if num_items is None else num_items
-    return DecodingLossOutput(sums.loss / divisor, n_valid, sums.n_kept, sums.n_easy_dropped, *sums.metrics.unbind(0))
+    sums = LossSums(hidden.device)
+    for positions, part, logits in projected_chunks(hidden, valid, project, chunk_size):
+        chunk = read_chunk(part, logits, targets[positions], positions, predict, mask_uniform, config)
+        losses: torch.Tensor = _KnownDerivatives.apply(  # type: ignore[no-untyped-call]
+            chunk.weight * chunk.part.value,
+            chunk.temperature,
+            chunk.top_p,
+            chunk.weight * chunk.part.d_temperature,
+            chunk.weight * chunk.part.d_top_p,
+        )
+        sums.add(losses, chunk)
+    divisor = max(valid.numel(), 1) if num_items is None else num_items
+    return sums.output(sums.loss / divisor, valid.numel())
 
 
-def _check_inputs(
+def check_inputs(
     hidden: torch.Tensor,
     targets: torch.Tensor,
     mask_uniform: torch.Tensor | None,
@@ -191,6 +208,7 @@ def _check_inputs(
     chunk_size: int | None,
     config: DecodingLossConfig,
 ) -> None:
+    """Raises `ValueError` where shapes or options do not go together."""
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"hidden must be [N, H] and targets [N]. Got {tuple(hidden.shape)} and {tuple(targets.shape)}; flatten "
@@ -209,71 +227,78 @@ def _check_inputs(
         raise ValueError(f"num_items must be at least 1. Got {num_items}.")
 
 
-@torch.no_grad()
-def _project(project: Project, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    logits = project(hidden[positions])
-    if logits.dim() != 2 or logits.shape[0] != positions.numel():
-        raise ValueError(f"project must return [{positions.numel()}, V]. Got {tuple(logits.shape)}.")
-    return logits
-
-
-def _add_chunk(
-    sums: _Sums,
+def projected_chunks(
     hidden: torch.Tensor,
-    targets: torch.Tensor,
-    positions: torch.Tensor,
+    valid: torch.Tensor,
+    project: Project,
+    chunk_size: int | None,
+    with_graph: bool = False,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """
+    The valid positions, a chunk at a time: positions `[C]`, their hidden states `[C, H]` and their logits `[C, V]`.
+
+    `with_graph` makes the hidden states the leaves of a graph that holds the projection.
+    """
+    start, size = 0, chunk_size or _FIRST_CHUNK
+    # Even without a valid position one empty chunk comes: it is what connects the 0 to the policy's parameters.
+    while start < valid.numel() or start == 0:
+        positions = valid[start : start + size]
+        part = hidden[positions].detach().requires_grad_(with_graph)
+        with torch.set_grad_enabled(with_graph):
+            logits = project(part)
+        if logits.dim() != 2 or logits.shape[0] != positions.numel():
+            raise ValueError(f"project must return [{positions.numel()}, V]. Got {tuple(logits.shape)}.")
+        yield positions, part, logits
+        start += size
+        if chunk_size is None:
+            size = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+
+
+def read_chunk(
+    part: torch.Tensor,
     logits: torch.Tensor,
+    target: torch.Tensor,
+    positions: torch.Tensor,
     predict: Predict,
     mask_uniform: torch.Tensor | None,
     config: DecodingLossConfig,
-) -> None:
-    """One chunk: drop easy positions, ask the policy, and add the weighted losses with their derivatives."""
-    target = targets[positions]
+    moves_logits: bool = False,
+) -> Chunk:
+    """One chunk: drops easy positions, asks the policy, and takes the losses with their derivatives."""
     _check_vocabulary(target, positions, logits.shape[1])
     drawn = torch.zeros_like(target, dtype=torch.bool)
+    n_easy_dropped = 0
     if config.easy_token_mask_ratio > 0 and mask_uniform is not None:
-        drawn = _drawn_easy(logits, target, mask_uniform[positions] < config.easy_token_mask_ratio)
-        sums.n_easy_dropped += int(drawn.sum())
+        drawn = _drawn_easy(logits.detach(), target, mask_uniform[positions] < config.easy_token_mask_ratio)
+        n_easy_dropped = int(drawn.sum())
     if config.easy_token_mask_target == "both":  # noqa: S105
         # Before anything else looks at these rows: a dropped position costs its projection and nothing more.
         kept = ~drawn
-        logits, target, positions, drawn = logits[kept], target[kept], positions[kept], drawn[kept]
+        logits, target, positions, drawn, part = logits[kept], target[kept], positions[kept], drawn[kept], part[kept]
 
-    temperature, top_p = predict(hidden[positions].detach(), logits)
+    temperature, top_p = predict(part, logits.detach())
     _check_prediction("temperature", temperature, target)
     _check_prediction("top_p", top_p, target)
+    loss_type = "end_to_end" if temperature is None or top_p is None else config.loss_type
+    # What of the loss is the plain cross entropy of softmax(l / T), whose derivative the logits need besides.
+    plain_share = (~drawn if loss_type == "two_loss" else torch.zeros_like(drawn)) if moves_logits else None
     rows = soft_top_p_nll(
-        logits,
+        logits.detach(),
         None if temperature is None else temperature.detach(),
         None if top_p is None else top_p.detach(),
         target,
         config.alpha,
         base_log_prob=config.dft_weight == "base",
         positions=positions,
+        plain_share=plain_share,
     )
-    losses = _position_losses(rows, temperature, top_p, drawn, config)
-    sums.add(losses, temperature, top_p, rows)
-
-
-def _position_losses(
-    rows: RowDerivatives,
-    temperature: torch.Tensor | None,
-    top_p: torch.Tensor | None,
-    drawn: torch.Tensor,
-    config: DecodingLossConfig,
-) -> torch.Tensor:
-    """`w_i L_i` `[C]`, whose backward gives the known derivatives to the predictions."""
-    single = temperature is None or top_p is None
-    part = LOSS_TYPES["end_to_end" if single else config.loss_type](rows, ~drawn, config)
-    weight = torch.ones_like(part.value)
+    found = LOSS_TYPES[loss_type](rows, ~drawn, config)
+    weight = torch.ones_like(found.value)
     if config.dft_weight == "base":
         weight = rows.base_log_prob.exp()
     elif config.dft_weight == "scaled":
         weight = rows.scaled_log_prob.exp()
-    losses: torch.Tensor = _KnownDerivatives.apply(  # type: ignore[no-untyped-call]
-        weight * part.value, temperature, top_p, weight * part.d_temperature, weight * part.d_top_p
-    )
-    return losses
+    return Chunk(logits if moves_logits else None, temperature, top_p, rows, found, weight, n_easy_dropped)
 
 
 def _drawn_easy(logits: torch.Tensor, target: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def mean_predictions(
         rows (`torch.Tensor` of shape `[N]`, long): Which row each of them belongs to.
         count (`int`): How many rows there are, those without tokens included.
         predict (`Callable`): `predict(hidden [C, H], logits [C, V] or None) -> (temperature [C], top_p [C])`, each or
-            `None`; called with detached inputs.
+            `None`. The gradient reaches the hidden states as far as they have a graph.
         project (`Callable`, *optional*): `project(hidden [C, H]) -> logits [C, V]`, for policies that read logits.
         chunk_size (`int`, *optional*): Tokens a call of `predict`; by default all of them, or with `project` as many
             as fit `CHUNK_BYTES` of float32 logits.
@@ -106,7 +106,7 @@ def mean_predictions(
     top_ps: list[torch.Tensor | None] = []
     start = 0
     while start < total or start == 0:
-        part = hidden[start : start + size].detach()
+        part = hidden[start : start + size]
         logits = None
         if project is not None:
             with torch.no_grad():

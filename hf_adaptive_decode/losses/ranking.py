@@ -54,15 +54,34 @@ class RankedSums:
     target_mass: torch.Tensor  # c_y
     target_drift: torch.Tensor  # w_y
     tail_step: torch.Tensor  # mean of p over the tail's mass: sum(p^2) / sum(p)
+    tokens: RankedTokens | None  # what was summed, where that was asked for
 
 
-def rank(rows: ScaledRows, top_p: torch.Tensor, targets: torch.Tensor, alpha: float) -> RankedSums:
-    """Sorts the tokens above `TAIL_PROBABILITY` and sums along the ranks, for all rows at once; P is float64 `[R]`."""
+@dataclass(frozen=True)
+class RankedTokens:
+    """The ranked tokens themselves, row by row in their order: each `[n]`."""
+
+    index: torch.Tensor  # long, into the flattened [R, V]
+    row: torch.Tensor  # long
+    probs: torch.Tensor  # p, float64
+    mask: torch.Tensor  # m, float64
+    cut_after: torch.Tensor  # sum(p m 1[c > P]) over this token and those ranked behind it in its row, float64
+    up_to_target: torch.Tensor  # bool: ranked no lower than the row's target; all True where that is in the tail
+
+
+def rank(
+    rows: ScaledRows, top_p: torch.Tensor, targets: torch.Tensor, alpha: float, keeps_tokens: bool = False
+) -> RankedSums:
+    """
+    Sorts the tokens above `TAIL_PROBABILITY` and sums along the ranks, for all rows at once; P is float64 `[R]`.
+
+    With `keeps_tokens` what was summed comes along, tied tokens in the order of their ids.
+    """
     # The largest token is always ranked. From P = 1 on c never exceeds P: nothing needs ranking.
     threshold = (math.log(TAIL_PROBABILITY) + rows.log_normaliser).clamp(max=0.0).float()
     threshold = threshold.where(top_p < 1.0, torch.inf)
-    place, row, value = _tokens_above(rows, threshold, targets)
-    row, value = _sort_within_rows(row, value)
+    place, found, row, value = _tokens_above(rows, threshold, targets)
+    order, row, value = _sort_within_rows(row, value, keeps_tokens)
     counts = torch.bincount(row, minlength=threshold.numel())
     ends = counts.cumsum(0)
     starts = ends - counts
@@ -85,18 +104,26 @@ def rank(rows: ScaledRows, top_p: torch.Tensor, targets: torch.Tensor, alpha: fl
     target_mass[ranked], target_drift[ranked] = mass[at_target], drift[at_target]
     # The ranked tokens are 0 in `probs` by now, and nothing reads it any more.
     squares = rows.probs.square_().sum(dim=1).double() / rows.total.square()
+    plain = probs.clone() if keeps_tokens else probs
     masked = probs.mul_(mask)
     cut = masked * beyond
+    cut_mass = _row_sums(cut, counts)
+    tokens = None
+    if keeps_tokens:
+        cut_after = cut_mass.index_select(0, row) - _running_sum(cut, row, starts) + cut
+        up_to_target = torch.arange(row.numel(), device=row.device) - starts[row] <= place[row]
+        tokens = RankedTokens(found[order], row, plain, mask, cut_after, up_to_target)
     return RankedSums(
         mass=mass_at_end,
         drift=drift_at_end,
         masked_mass=_row_sums(masked, counts),
         masked_drift=_row_sums(drifts.mul_(mask), counts),
-        cut_mass=_row_sums(cut, counts),
+        cut_mass=cut_mass,
         cut_drift=_row_sums(cut.mul_(drift), counts),
         target_mass=target_mass,
         target_drift=target_drift,
         tail_step=squares / (1.0 - mass_at_end).clamp(min=1e-12),
+        tokens=tokens,
     )
 
 
@@ -120,8 +147,8 @@ def tail_sums(ranked: RankedSums, top_p: torch.Tensor, alpha: float) -> tuple[to
 
 def _tokens_above(
     rows: ScaledRows, threshold: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The target's place in its row's order, long `[R]`; row and v, each `[n]`, of all tokens with `v >= threshold`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The target's place in its row's order, long `[R]`; index, row and v, each `[n]`, of all with `v >= threshold`.
 
     A target that is not among them gets the place after the last. The tokens' entries of `rows.probs` become 0.
     """
@@ -137,13 +164,15 @@ def _tokens_above(
     own = rows.target_scaled.index_select(0, row)
     own_index = (torch.arange(threshold.numel(), device=row.device) * vocab + targets).index_select(0, row)
     before = (value > own) | ((value == own) & (found < own_index))
-    return torch.bincount(row[before], minlength=threshold.numel()), row, value
+    return torch.bincount(row[before], minlength=threshold.numel()), found, row, value
 
 
-def _sort_within_rows(row: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows ascending, values descending within each, by one integer sort: `-value >= 0` sorts as its bits do."""
-    key = torch.sort((row << 32) | value.abs().view(torch.int32)).values
-    return key >> 32, -(key & 0xFFFFFFFF).to(torch.int32).view(torch.float32)
+def _sort_within_rows(
+    row: torch.Tensor, value: torch.Tensor, stable: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The order, and by it: rows ascending, values descending within each. One integer sort, as `-value >= 0`."""
+    key, order = torch.sort((row << 32) | value.abs().view(torch.int32), stable=stable)
+    return order, key >> 32, -(key & 0xFFFFFFFF).to(torch.int32).view(torch.float32)
 
 
 def _running_sum(values: torch.Tensor, row: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import EPSILON
+from .logit_gradient import cut_logit_gradient, plain_logit_gradient
 from .ranking import ScaledRows, rank, tail_sums
 
 # 2 * sigmoid(-27) is 4e-12. Below this 1 / T**2 leaves float32's range and no derivative means anything.
@@ -52,6 +53,8 @@ class RowDerivatives:
     scaled_d_temperature: torch.Tensor
     # log softmax(l)_y; NaN where it was not asked for
     base_log_prob: torch.Tensor
+    # d loss / d l, float32 [C, V]; `None` where it was not asked for
+    d_logits: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -64,6 +67,7 @@ def soft_top_p_nll(
     *,
     base_log_prob: bool = True,
     positions: torch.Tensor | None = None,
+    plain_share: torch.Tensor | None = None,
 ) -> RowDerivatives:
     r"""
     `L = -log p~_y` of eqs. 1 to 3 with `dL/dT` and `dL/dP`, row by row and in closed form.
@@ -77,6 +81,8 @@ def soft_top_p_nll(
         base_log_prob (`bool`, *optional*, defaults to `True`):
             Whether to also take the target's log-probability at T = 1, a fifth of the cost.
         positions (`torch.Tensor` of shape `[C]`, *optional*): What errors call the rows; their index by default.
+        plain_share (`torch.Tensor` of shape `[C]`, *optional*):
+            Asks for `d_logits`, the derivative of `L - u log softmax(l / T)_y` with this as u; 0 gives that of L alone.
 
     Returns:
         [`RowDerivatives`].
@@ -91,15 +97,21 @@ def soft_top_p_nll(
     limit = _BLOCK_ELEMENTS_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_GPU
     size = min(rows, max(1, limit // vocab))
     buffers = torch.empty(3, size, vocab, device=device)
+    gradient = None if plain_share is None else torch.empty(rows, vocab, device=device)
     parts: list[torch.Tensor] = []
     for start in range(0, rows, max(size, 1)):
         part = slice(start, min(start + size, rows))
         block, base = _vocabulary_passes(
             logits[part], scale[part], targets[part], buffers[:, : part.stop - start], base_log_prob, names[part]
         )
-        parts.append(_combine(block, base, scale[part], None if cut is None else cut[part], targets[part], alpha))
+        wanted = None
+        if gradient is not None and plain_share is not None:
+            wanted = _Wanted(gradient[part], plain_share[part].double())
+        of_block = None if cut is None else cut[part]
+        parts.append(_combine(block, base, scale[part], of_block, targets[part], alpha, wanted))
     table = torch.cat(parts, dim=1) if parts else torch.empty(6, 0, device=device)
-    return RowDerivatives(*table.unbind(0))
+    loss, d_temperature, d_top_p, scaled, scaled_d_temperature, base_log_probs = table.unbind(0)
+    return RowDerivatives(loss, d_temperature, d_top_p, scaled, scaled_d_temperature, base_log_probs, gradient)
 
 
 def _check_parameters(temperature: torch.Tensor, top_p: torch.Tensor | None, names: torch.Tensor) -> None:
@@ -176,6 +188,14 @@ def _check_targets(target_shifted: torch.Tensor, targets: torch.Tensor, names: t
         )
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """Where a block's derivative with respect to its logits goes, float32 `[R, V]`, and u, float64 `[R]`."""
+
+    out: torch.Tensor
+    plain_share: torch.Tensor
+
+
 def _combine(
     rows: ScaledRows,
     base_log_prob: torch.Tensor,
@@ -183,15 +203,16 @@ def _combine(
     top_p: torch.Tensor | None,
     targets: torch.Tensor,
     alpha: float,
+    wanted: _Wanted | None,
 ) -> torch.Tensor:
-    """The table in the module's docstring: the six fields of [`RowDerivatives`] as float32 `[6, R]`."""
+    """The table in the module's docstring: six fields of [`RowDerivatives`] as float32 `[6, R]`; fills `wanted`."""
     inverse = 1.0 / temperature.double().clamp_min(SMALLEST_TEMPERATURE)
     scaled_log_prob = rows.target_scaled.double() - rows.log_normaliser
     pull = rows.target_scaled.double() - rows.mean  # T d(-log p_y) / dT
     loss, d_temperature, d_top_p = -scaled_log_prob, pull, torch.zeros_like(pull)
     if top_p is not None:
         cut = top_p.double()
-        ranked = rank(rows, cut, targets, alpha)
+        ranked = rank(rows, cut, targets, alpha, keeps_tokens=wanted is not None)
         uncut_tail, cut_tail = tail_sums(ranked, cut, alpha)
         normaliser = ranked.masked_mass + uncut_tail + cut_tail + EPSILON
         # The tail's integral ends at c = 1 whatever T is, so only its lower end r moves it: -m(r) dr/dT.
@@ -202,5 +223,11 @@ def _combine(
         loss = loss + alpha * excess.clamp(min=0.0) + normaliser.log()
         d_temperature = d_temperature - alpha * active * ranked.target_drift + d_normaliser / normaliser
         d_top_p = alpha * ((ranked.cut_mass + cut_tail) / normaliser - active)
+        if wanted is not None:
+            cut_logit_gradient(
+                wanted.out, rows, targets, inverse, wanted.plain_share, ranked, normaliser, cut_tail, cut, alpha
+            )
+    elif wanted is not None:
+        plain_logit_gradient(wanted.out, rows, targets, (1.0 + wanted.plain_share) * inverse)
     fields = (loss, d_temperature * inverse, d_top_p, scaled_log_prob, pull * inverse, base_log_prob)
     return torch.stack(fields).float()

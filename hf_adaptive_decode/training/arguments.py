@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,11 @@ class AutoDecoTrainingArguments(TrainingArguments):
         dft_weight (`str`, defaults to `"base"`):
             Dynamic Fine-Tuning weight: the target's probability under the base (`"base"`), under the predicted
             temperature (`"scaled"`), or none (`"off"`).
+        train_peft (`bool`, *optional*, defaults to `False`):
+            Whether the LoRA in the base learns together with the heads, from the same loss (both papers name joint
+            training as future work). The base's own weights stand still.
+        peft_learning_rate (`float`, *optional*):
+            The LoRA's learning rate; `learning_rate` when `None`.
         control_loss_weight (`float`, *optional*, defaults to 0.0):
             What the ranking loss of prompts with commands weighs beside the decoding loss (AutoDeco, section 3.3); at 0
             commands are ignored. Above 0, data needs `prompt` and `completion` with `low_prompt` and `high_prompt`, or
@@ -73,6 +79,8 @@ class AutoDecoTrainingArguments(TrainingArguments):
     easy_token_mask_ratio: float = field(default=0.6, metadata={"help": "Fraction of easy positions to drop."})
     easy_token_mask_target: str = field(default="both", metadata={"help": "both or temperature."})
     dft_weight: str = field(default="base", metadata={"help": "base, scaled or off."})
+    train_peft: bool = field(default=False, metadata={"help": "Train the base's LoRA together with the heads."})
+    peft_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the LoRA."})
     control_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the ranking loss of commands."})
     control_temperature_margin: float = field(default=0.1, metadata={"help": "Least difference of the mean T."})
     control_top_p_margin: float = field(default=0.02, metadata={"help": "Least difference of the mean top-p."})
@@ -91,6 +99,12 @@ class AutoDecoTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` is {self.max_length}; it has to be at least 2, or None for no limit.")
+        rate = self.peft_learning_rate
+        if rate is not None and not (self.train_peft and math.isfinite(rate) and rate >= 0):
+            raise ValueError(
+                f"`peft_learning_rate` is {rate} and `train_peft` is {self.train_peft}; the rate has to be a number of "
+                "at least 0, and is used where `train_peft=True`."
+            )
         self.loss_config()  # raises for a bad loss option now, not at the first step
         self.ranking_config()
         if self.control_commands is not None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import sort_checkpoints
 
 from ..hub.card import add_training
 from ..hub.card_text import TrainingFacts
+from ..hub.peft_layers import set_lora_training
+from ..hub.peft_weights import restore_peft
 from ..hub.store import WEIGHTS_FILE, load_into
 from ..modeling import AutoDecoForCausalLM
 
@@ -26,9 +31,22 @@ class AdapterTrainer(Trainer):
 
     A checkpoint is written beside the others under another name, brought to disk and renamed at the end, so that a
     killed process leaves either the whole of it or nothing that counts as one.
+
+    Args:
+        model ([`AutoDecoForCausalLM`]): The model. A LoRA of its base goes into checkpoints, too.
+        train_peft (`bool`, defaults to `False`): Whether that LoRA learns; if not, it stands still like the base.
+        kwargs: As [`~transformers.Trainer`] takes them.
+
+    Raises:
+        [`AdapterConfigError`]: If there is no LoRA to train, or it is none that can be saved.
     """
 
     _is_staging = False
+
+    def __init__(self, model: PreTrainedModel, *, train_peft: bool = False, **kwargs: Any) -> None:
+        set_lora_training(model, train_peft)
+        with _passing_as_trainable(model):
+            super().__init__(model=model, **kwargs)
 
     def objective(self) -> str | None:
         """What is learned on, in words for the card."""
@@ -57,6 +75,17 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial))
         staging, name = run / _STAGING, f"checkpoint-{self.state.global_step}"
+        try:
+            self._stage_and_publish(model, trial, run, staging, name)
+        except (OSError, RuntimeError) as error:  # torch raises the latter where a disk is full
+            shutil.rmtree(staging / name, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                staging.rmdir()
+            whole = sort_checkpoints(str(run), use_mtime=True)
+            last = f"the last whole one is {Path(whole[-1]).name}" if whole else "there is none before it"
+            raise OSError(f"{run / name} could not be written: {error}. To resume, make room; {last}.") from error
+
+    def _stage_and_publish(self, model: nn.Module, trial: Any, run: Path, staging: Path, name: str) -> None:
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -90,11 +119,25 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = cast(AutoDecoForCausalLM, model if model is not None else self.model)
+        restore_peft(cast(PreTrainedModel, target), resume_from_checkpoint)
         load_into(target.decoding_adapter, Path(resume_from_checkpoint, WEIGHTS_FILE))
         self.load_extra_state(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint))
+
+
+@contextmanager
+def _passing_as_trainable(model: PreTrainedModel) -> Iterator[None]:
+    """Within it a quantised model does not look so: the Trainer refuses it, but what learns here is not quantised."""
+    is_quantized = vars(model).get("is_quantized", False)
+    if is_quantized:
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if is_quantized:
+            model.is_quantized = True
 
 
 def _publish(staged: Path, final: Path, replaced: Path) -> None:

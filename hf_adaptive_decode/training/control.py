@@ -14,7 +14,7 @@ import torch
 from ..losses import IGNORE_INDEX
 from ..losses.control import RankingLossConfig, RankingLossOutput, RowMeans, mean_predictions, ranking_loss
 from ..policies import DecodingPolicy
-from ..projection import FrozenProjection
+from ..projection import Projection
 from ..types import DecodeState
 
 DIRECTIONS = ("low", "high")
@@ -185,18 +185,18 @@ class ControlOutput:
 
 def control_loss(
     policy: DecodingPolicy,
-    projection: FrozenProjection,
+    projection: Projection,
     batch: Mapping[str, torch.Tensor],
     hidden: torch.Tensor,
     config: RankingLossConfig,
     num_pairs: int | None = None,
 ) -> ControlOutput:
     """
-    The ranking loss of a collated batch; the frozen model runs once for each direction, without gradients.
+    The ranking loss of a collated batch; the model runs once for each direction.
 
     Args:
         policy ([`DecodingPolicy`]): The heads.
-        projection ([`FrozenProjection`]): The frozen model.
+        projection ([`Projection`]): The model, frozen or not.
         batch (mapping): What [`DecodingDataCollator`] makes.
         hidden (`torch.Tensor` of shape `[B, L, H]`): Hidden states of the baselines.
         config ([`RankingLossConfig`]): The margins.

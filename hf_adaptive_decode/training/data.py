@@ -4,18 +4,21 @@ the same example; knows tokenizers, no model and no loss.
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import AdaptiveDecodeError
+from ..errors import AdaptiveDecodeError, MissingExtraError
 from ..losses import IGNORE_INDEX
 from .control import DIRECTIONS, CommandSet, with_commands
 
 Example = dict[str, Any]
 _COMMANDS = tuple(f"{name}_{what}" for name in DIRECTIONS for what in ("prompt", "prompt_ids"))
-_FORMATS = "`input_ids` (with `labels`), `prompt` and `completion`, `messages`, or `text`"
+_FORMATS = "`input_ids` (with `labels`), `prompt` and `completion`, `messages` or `conversations`, or `text`"
 
 
 class DataFormatError(AdaptiveDecodeError, ValueError):
@@ -35,7 +38,8 @@ def tokenized(
 
     Args:
         dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or sequence of `dict`): In one of TRL's formats:
-            tokenised, prompt/completion (plain or conversational), messages, or text.
+            tokenised, prompt/completion (plain or conversational), messages (or conversations of from/value), or text;
+            with them `tools` and `chat_template_kwargs` of a row's own.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The base model's.
         max_length (`int`, *optional*): Longer examples are cut at the end.
         chat_template_kwargs (`dict`, *optional*): For the chat template.
@@ -122,7 +126,7 @@ def _version_ids(row: Example, name: str, tokenizer: Any, template: dict[str, An
         return list(ids or [])
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    return _chat(prompt, tokenizer, template, add_generation_prompt=True)
+    return _chat(prompt, tokenizer, _settings(row, template), add_generation_prompt=True)
 
 
 def _baseline_reader(columns: list[str], tokenizer: Any, template: dict[str, Any]) -> Callable[[Example], Example]:
@@ -132,35 +136,83 @@ def _baseline_reader(columns: list[str], tokenizer: Any, template: dict[str, Any
             "labels": list(row["labels"] if "labels" in columns else row["input_ids"]),
         }
     if "prompt" in columns and "completion" in columns:
-        return lambda row: _prompt_completion(row["prompt"], row["completion"], tokenizer, template)
-    if "messages" in columns:
-        return lambda row: _messages(row["messages"], tokenizer, template)
+        return lambda row: _prompt_completion(row, tokenizer, template)
+    if "messages" in columns or "conversations" in columns:
+        return lambda row: _rendered(_messages, row, tokenizer, template)
     if "text" in columns:
         return lambda row: _text(row["text"], tokenizer)
     raise DataFormatError(f"the data set has the columns {columns}; it needs {_FORMATS}.")
 
 
-def _prompt_completion(prompt: Any, completion: Any, tokenizer: Any, template: dict[str, Any]) -> Example:
-    if not isinstance(prompt, str):
-        head = _chat(prompt, tokenizer, template, add_generation_prompt=True)
-        return _after(head, _chat([*prompt, *completion], tokenizer, template), "completion")
-    head = tokenizer(prompt)["input_ids"]
-    whole = tokenizer(prompt + completion)["input_ids"]
+def _prompt_completion(row: Example, tokenizer: Any, template: dict[str, Any]) -> Example:
+    if not isinstance(row["prompt"], str):
+        return _rendered(_conversation, row, tokenizer, template)
+    head, whole = _joined(row["prompt"], row["completion"], tokenizer)
+    return _after(head, _ended(whole, tokenizer))
+
+
+def _joined(prompt: str, completion: str, tokenizer: Any, **how: Any) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt, and of the prompt with its completion."""
+    head = list(tokenizer(prompt, **how)["input_ids"])
+    whole = list(tokenizer(prompt + completion, **how)["input_ids"])
     if whole[: len(head)] != head:
         # A token spans the border. At generation time the prompt is tokenised alone, so that is what is learned on.
         whole = head + tokenizer(completion, add_special_tokens=False)["input_ids"]
-    return _after(head, _ended(whole, tokenizer), "completion")
+    return head, whole
 
 
-def _messages(messages: list[Example], tokenizer: Any, template: dict[str, Any]) -> Example:
+def _rendered(read: Callable[..., Example], row: Example, tokenizer: Any, template: dict[str, Any]) -> Example:
+    """A conversational row; by TRL's training template where the tokenizer's own does not do, and TRL has one."""
+    from jinja2 import TemplateError
+
+    trl = _trl()
+    columns = ("prompt", "completion", "messages", "conversations")
+    said = trl.maybe_convert_to_chatml(copy.deepcopy({name: row[name] for name in columns if name in row}))
+    settings = _settings(row, template)
+    try:
+        return read(said, tokenizer, settings)
+    except DataFormatError:
+        try:
+            trained = trl.get_training_chat_template(tokenizer)
+        except (ValueError, TemplateError):  # it does not know the template, or cannot try it
+            trained = None
+        if trained is None:
+            raise
+    return read(said, tokenizer, {**settings, "chat_template": trained})
+
+
+def _settings(row: Example, template: dict[str, Any]) -> dict[str, Any]:
+    """For the chat template: what the caller says, and the row's own `tools` and `chat_template_kwargs`."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {**({"tools": tools} if tools else {}), **template, **(row.get("chat_template_kwargs") or {})}
+
+
+def _conversation(said: Example, tokenizer: Any, settings: dict[str, Any]) -> Example:
+    how = {name: value for name, value in settings.items() if name != "tools"}
+
+    def render(*columns: str) -> dict[str, str]:
+        example: Example = {name: said[name] for name in columns} | {"chat_template_kwargs": how}
+        return cast(dict[str, str], _trl().apply_chat_template(example, tokenizer, settings.get("tools")))
+
+    both, prompt = render("prompt", "completion"), render("prompt")["prompt"]
+    if both["prompt"] != prompt:  # TRL cuts it to what the two have in common
+        raise _no_beginning("completion")
+    return _after(*_joined(prompt, both["completion"], tokenizer, add_special_tokens=False))
+
+
+def _messages(said: Example, tokenizer: Any, settings: dict[str, Any]) -> Example:
     """Labels on every assistant turn, found by rendering the conversation up to and including it."""
-    whole = _chat(messages, tokenizer, template)
+    messages = said["messages"]
+    whole = _chat(messages, tokenizer, settings)
     labels = [IGNORE_INDEX] * len(whole)
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        head = _chat(messages[:index], tokenizer, template, add_generation_prompt=True)
-        turn = _after(head, _chat(messages[: index + 1], tokenizer, template), f"messages[{index}]")["input_ids"]
+        head = _chat(messages[:index], tokenizer, settings, add_generation_prompt=True)
+        turn = _chat(messages[: index + 1], tokenizer, settings)
+        if turn[: len(head)] != head:
+            raise _no_beginning(f"messages[{index}]")
         if whole[: len(turn)] != turn:
             raise DataFormatError(
                 f"the chat template renders messages[{index}] differently once later messages follow; give such data "
@@ -171,21 +223,30 @@ def _messages(messages: list[Example], tokenizer: Any, template: dict[str, Any])
 
 
 def _text(text: str, tokenizer: Any) -> Example:
-    ids = _ended(tokenizer(text)["input_ids"], tokenizer)
-    return {"input_ids": ids, "labels": list(ids)}
+    return _after([], _ended(tokenizer(text)["input_ids"], tokenizer))
 
 
 def _chat(messages: list[Example], tokenizer: Any, template: dict[str, Any], **how: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **how, **template))
 
 
-def _after(head: list[int], whole: list[int], name: str) -> Example:
-    if whole[: len(head)] != head:
-        raise DataFormatError(
-            f"the chat template does not render the prompt as the beginning of prompt and `{name}`; pass "
-            "`chat_template_kwargs` under which it does, or tokenised `input_ids` and `labels`."
-        )
+def _no_beginning(name: str) -> DataFormatError:
+    return DataFormatError(
+        f"the chat template does not render the prompt as the beginning of prompt and `{name}`; pass "
+        "`chat_template_kwargs` under which it does, or tokenised `input_ids` and `labels`."
+    )
+
+
+def _after(head: list[int], whole: list[int]) -> Example:
     return {"input_ids": whole, "labels": [IGNORE_INDEX] * len(head) + whole[len(head) :]}
+
+
+def _trl() -> Any:
+    try:
+        import trl
+    except ImportError as error:
+        raise MissingExtraError("trl", "train") from error
+    return trl
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
@@ -235,17 +296,15 @@ class DecodingDataCollator:
         return batch
 
     def _padded(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        longest = max(len(example["input_ids"]) for example in examples)
-
         def padded(name: str, fill: int) -> torch.Tensor:
-            rows = [list(e[name]) + [fill] * (longest - len(e[name])) for e in examples]
-            return torch.tensor(rows, dtype=torch.long)
+            rows = [torch.tensor(example[name], dtype=torch.long) for example in examples]
+            return pad_sequence(rows, batch_first=True, padding_value=fill)
 
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         return {
             "input_ids": padded("input_ids", self.pad_token_id),
             "labels": padded("labels", IGNORE_INDEX),
-            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
         }
 
 

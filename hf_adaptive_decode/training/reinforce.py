@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..configuration import AutoDecoConfig
 from ..errors import AdapterConfigError
+from ..hub.writing import save_tensors
 from ..modeling import AutoDecoForCausalLM
 from ..policies.action_policy import ActionPolicy
 from ..rewards.calls import Reward, RewardFunctions
@@ -292,7 +293,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         averages = torch.tensor([self._average, self._average_weight], dtype=torch.float64)
         reference = {} if self._reference is None else self._reference.state_dict()
         tensors = {f"reference.{name}": t.cpu().contiguous() for name, t in reference.items()}
-        save_file({"averages": averages, **tensors}, folder / _STATE_FILE)
+        save_tensors({"averages": averages, **tensors}, folder / _STATE_FILE)
 
     def load_extra_state(self, folder: Path) -> None:
         """As saved; a folder that holds an adapter alone leaves everything as it is."""

@@ -11,9 +11,16 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..configuration import AutoDecoConfig
 from ..errors import AdaptiveDecodeError
-from ..losses import IGNORE_INDEX, DecodingLossOutput, chunked_decoding_loss, stable_mask_uniform
+from ..hub.peft_layers import active_lora, unwrap_peft
+from ..losses import (
+    IGNORE_INDEX,
+    DecodingLossOutput,
+    chunked_decoding_loss,
+    joint_decoding_loss,
+    stable_mask_uniform,
+)
 from ..modeling import AutoDecoForCausalLM
-from ..projection import FrozenProjection
+from ..projection import FrozenProjection, Projection
 from ..types import DecodeState
 from .arguments import AutoDecoTrainingArguments
 from .checkpoints import AdapterTrainer
@@ -30,8 +37,12 @@ class AutoDecoTrainer(AdapterTrainer):
     The base runs once a batch, without gradients; logits are made and used up chunk by chunk. Checkpoints hold the
     adapter and the optimiser's state, never the base.
 
+    With `train_peft` a LoRA in the base learns together with the heads: the same loss, whose gradient then goes through
+    the logits and through the hidden states that the heads read, in one backward pass through the base. Everything else
+    of the base stands still, without dropout. Checkpoints and saved adapters hold both.
+
     Args:
-        model ([`AutoDecoForCausalLM`], [`~transformers.PreTrainedModel`] or `str`):
+        model ([`AutoDecoForCausalLM`], [`~transformers.PreTrainedModel`], `peft.PeftModel` or `str`):
             An adaptive model, or a base (or its id) to be given a fresh adapter.
         args ([`AutoDecoTrainingArguments`], *optional*): Arguments.
         train_dataset, eval_dataset: In TRL's formats: prompt/completion, messages, text, or tokenised.
@@ -63,8 +74,10 @@ class AutoDecoTrainer(AdapterTrainer):
             raise AdaptiveDecodeError(
                 f"`AutoDecoTrainer` runs in one process and was launched in {args.world_size}; start it with `python`."
             )
+        model = unwrap_peft(model) if isinstance(model, nn.Module) else model
         if not isinstance(model, AutoDecoForCausalLM):
             model = AutoDecoForCausalLM.from_base(model, decoding_config)
+        model.decoding_adapter.requires_grad_(True)  # PEFT freezes what it is put on
         base: PreTrainedModel = model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base.config.name_or_path)
@@ -77,6 +90,7 @@ class AutoDecoTrainer(AdapterTrainer):
         kwargs.setdefault("data_collator", DecodingDataCollator(processing_class.pad_token_id or 0))
         super().__init__(
             model=base,
+            train_peft=args.train_peft,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -85,14 +99,30 @@ class AutoDecoTrainer(AdapterTrainer):
         )
         # The loss divides by the step's number of targets, which makes accumulation exact.
         self.model_accepts_loss_kwargs = True
-        self._projection = FrozenProjection(base)
+        self._projection = Projection(base) if args.train_peft else FrozenProjection(base)
         self._pairs_of_step = 1
         self._sums: dict[str, dict[str, Any]] = {mode: defaultdict(float) for mode in ("train", "eval")}
 
     def objective(self) -> str:
         """What is learned on, in words for the card."""
         args = cast(AutoDecoTrainingArguments, self.args)
-        return f"soft top-p cross entropy ({args.loss_type}, DFT weight {args.dft_weight})"
+        together = "; the base's LoRA learned together with the heads" if args.train_peft else ""
+        return f"soft top-p cross entropy ({args.loss_type}, DFT weight {args.dft_weight}){together}"
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the Trainer's, with groups of their own for the LoRA's parameters where they have another rate."""
+        fresh, rate = self.optimizer is None, cast(AutoDecoTrainingArguments, self.args).peft_learning_rate
+        optimizer = cast(torch.optim.Optimizer, super().create_optimizer(*args, **kwargs))
+        lora = active_lora(cast(nn.Module, self.model))
+        if not fresh or rate is None or lora is None:
+            return optimizer
+        ids = {id(parameter) for parameter in lora.parameters()}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in ids]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+            if own:
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
 
     def compute_loss(
         self,
@@ -143,15 +173,11 @@ class AutoDecoTrainer(AdapterTrainer):
             parameters = policy(DecodeState(part, logits if policy.needs_logits else None))
             return parameters.temperature, parameters.top_p
 
-        return chunked_decoding_loss(
-            hidden.flatten(0, 1),
-            targets.flatten(),
-            predict,
-            self._projection.logits,
-            config,
-            mask_uniform=uniform,
-            num_items=num_items,
-        )
+        given = (hidden.flatten(0, 1), targets.flatten(), predict, self._projection.logits)
+        if args.train_peft and torch.is_grad_enabled():
+            learning = [p for p in (*policy.parameters(), *self._projection.parameters()) if p.requires_grad]
+            return joint_decoding_loss(*given, learning, config, mask_uniform=uniform, num_items=num_items)
+        return chunked_decoding_loss(*given, config, mask_uniform=uniform, num_items=num_items)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
