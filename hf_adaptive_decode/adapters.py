@@ -16,6 +16,7 @@ from .capture import Capture
 from .configuration import AutoDecoConfig, read_config
 from .errors import AdapterConfigError, UnknownAdapterError
 from .hub.bases import base_name, fingerprint
+from .hub.peft_weights import check_lora
 from .hub.store import load_adapter, locate
 from .policies import DecodingPolicy, StaticPolicy, build_policy
 from .tap import output_device, output_embedding_shape
@@ -118,6 +119,7 @@ class DecodingAdapters(_Base):
             [`AdapterLoadError`]: If the adapter is damaged or does not fit the base.
         """
         files = locate(model_id, subfolder=subfolder, revision=revision, **kwargs)
+        check_lora(self, files.peft, files.source)
         config = read_config(files.config)
         limit = {name: kwargs[name] for name in ("max_weight_bytes",) if name in kwargs}
         self._check_name(adapter_name)

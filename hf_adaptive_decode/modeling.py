@@ -19,7 +19,7 @@ from .detour import Detour
 from .errors import AdapterConfigError, AdapterLoadError, UnsupportedGenerationError
 from .generation import GenerationSession
 from .hub.bases import load_at_one_commit
-from .hub.peft_layers import unwrap_peft
+from .hub.peft_layers import freeze_dropout, unwrap_peft
 from .policies import DecodingPolicy, RowPolicies, build_policy
 from .settings import (
     base_sampling,
@@ -247,8 +247,8 @@ class AutoDecoForCausalLM(StoredAdapters, DecodingAdapters, ContinuousBatching, 
         super().train(mode)
         if mode:
             for child in self.children():
-                if child is not self.decoding_adapters and not any(p.requires_grad for p in child.parameters()):
-                    child.eval()
+                if child is not self.decoding_adapters:
+                    freeze_dropout(child)
         return self
 
 

@@ -14,7 +14,8 @@ from transformers import LogitsProcessor
 
 from .budget import resolve_budget
 from .errors import AdaptiveDecodeError, LogitsError, UnsupportedGenerationError
-from .hub.store import load_adapter
+from .hub.peft_weights import check_lora
+from .hub.store import load_adapter, locate
 from .policies import DecodingPolicy, RowPolicies
 from .tap import HiddenStateTap
 from .types import DecodeState, DecodingTrace, SamplingParameters
@@ -88,7 +89,10 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
             [`AdapterLoadError`]: If the adapter cannot be read or was made for a base of another shape.
         """
         known = resolve_budget(budget, prompts=1)
-        policy = load_adapter(adapter, model, **hub_kwargs)
+        files = locate(adapter, **hub_kwargs)
+        limit = {name: hub_kwargs[name] for name in ("max_weight_bytes",) if name in hub_kwargs}
+        policy = load_adapter(files, model, **limit)
+        check_lora(model, files.peft, files.source)
         tap = HiddenStateTap(model).open()
         tokens = None if known.tokens is None else torch.tensor(known.tokens)
         processor = cls(policy, tap.last_position, token_budget=tokens, parallel_samples=known.samples)

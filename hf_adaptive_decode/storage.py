@@ -124,7 +124,7 @@ class StoredAdapters(_Base):
         Writes the adapter alone: `config.json`, `model.safetensors`, `generation_config.json` and a model card.
 
         Of several adapters the one called "default" lies in the folder, and each of the others in a subfolder of its
-        name; a single one lies in the folder whatever its name. A LoRA of the base lies in the subfolder `peft`.
+        name; a single one lies in the folder whatever its name. A LoRA of the base lies beside it in `peft`.
 
         Args:
             save_directory (`str` or `os.PathLike`): Made if it is not there; other files in it are left alone.
@@ -151,7 +151,6 @@ class StoredAdapters(_Base):
         for name in names:
             alone = len(names) == 1 or name == DEFAULT
             self._save_one(name, Path(save_directory) if alone else Path(save_directory, name))
-        save_peft(self, save_directory)
         if push_to_hub:
             repo_id = kwargs.get("repo_id", os.path.basename(os.path.normpath(save_directory)))
             push_local(save_directory, repo_id, **{name: kwargs[name] for name in _PUSH if name in kwargs})
@@ -167,6 +166,7 @@ class StoredAdapters(_Base):
             )
 
     def _save_one(self, name: str, folder: Path) -> None:
+        save_peft(self, folder)  # before the card, which speaks of it
         config = self.decoding_configs[name]
         save_adapter(self.decoding_adapters[name], config, folder)  # type: ignore[arg-type]
         tokens = {token: vars(self.generation_config).get(token) for token in SPECIAL_TOKENS}

@@ -38,8 +38,9 @@ def oracle(
     top_p: torch.Tensor | None,
     targets: torch.Tensor,
     config: DecodingLossConfig = PLAIN,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, dL/dT and dL/dP per row, `[C]` each, by autograd through the reference in float64."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, dL/dT and dL/dP per row, `[C]` each, and dL/dl `[C, V]`, by autograd through the reference in float64."""
+    wide = logits.double().requires_grad_()
     wide_t = None if temperature is None else temperature.double().requires_grad_()
     wide_p = None if top_p is None else top_p.double().requires_grad_()
     losses = []
@@ -47,7 +48,7 @@ def oracle(
         part = slice(row, row + 1)
         losses.append(
             decoding_loss_reference(
-                logits[part].double(),
+                wide[part],
                 targets[part],
                 None if wide_t is None else wide_t[part],
                 None if wide_p is None else wide_p[part],
@@ -56,11 +57,10 @@ def oracle(
         )
     total = torch.stack(losses)
     zeros = torch.zeros_like(total)
-    if total.requires_grad:
-        total.sum().backward()
+    total.sum().backward()
     d_temperature = zeros if wide_t is None or wide_t.grad is None else wide_t.grad
     d_top_p = zeros if wide_p is None or wide_p.grad is None else wide_p.grad
-    return total.detach(), d_temperature, d_top_p
+    return total.detach(), d_temperature, d_top_p, wide.grad
 
 
 def assert_rows_match(
@@ -70,8 +70,9 @@ def assert_rows_match(
     targets: torch.Tensor,
     tolerance: float = 2e-5,
 ) -> None:
-    rows = soft_top_p_nll(logits, temperature, top_p, targets)
-    loss, d_temperature, d_top_p = oracle(logits.float(), temperature, top_p, targets)
+    share = (torch.arange(len(targets)) % 2).float()  # to every second row's derivative that of -log softmax(l / T)_y
+    rows = soft_top_p_nll(logits, temperature, top_p, targets, plain_share=share)
+    loss, d_temperature, d_top_p, d_logits = oracle(logits.float(), temperature, top_p, targets)
     inverse = 1.0 if temperature is None else 1.0 / temperature.double()
     spread = (logits.float().amax(1) - logits.float().gather(1, targets[:, None])[:, 0]).double() * inverse
     # float32 resolves v = (l - max l) / T to 1e-7 of itself, and alpha = 30 multiplies what that does to c.
@@ -80,6 +81,9 @@ def assert_rows_match(
     if temperature is not None:
         assert ((rows.d_temperature - d_temperature).abs() <= 2 * tolerance * scale * inverse + 1e-30).all()
     assert ((rows.d_top_p - d_top_p).abs() <= 30 * tolerance).all(), (rows.d_top_p, d_top_p)
+    d_logits = d_logits + share[:, None] * oracle(logits.float(), temperature, None, targets)[3]
+    error = (rows.d_logits - d_logits).abs().sum(dim=1) / inverse
+    assert (error <= 10 * tolerance * scale).all(), error
 
 
 def peaked_logits(rows: int, vocab: int, seed: int) -> torch.Tensor:
@@ -228,10 +232,11 @@ def test_one_row_cannot_disturb_another() -> None:
     logits[5, 7], logits[6, 9] = 1e5, 1e5
     temperature, top_p = torch.full((7,), 0.8), torch.full((7,), 0.05)
     targets = logits.argmax(-1)
-    together = soft_top_p_nll(logits, temperature, top_p, targets)
+    share = torch.zeros(7)
+    together = soft_top_p_nll(logits, temperature, top_p, targets, plain_share=share)
     for row in range(7):
         part = slice(row, row + 1)
-        alone = soft_top_p_nll(logits[part], temperature[part], top_p[part], targets[part])
+        alone = soft_top_p_nll(logits[part], temperature[part], top_p[part], targets[part], plain_share=share[part])
         for field in dataclasses.fields(together):
             expected, got = vars(alone)[field.name], vars(together)[field.name][part]
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
@@ -242,7 +247,7 @@ def test_saturated_rows_stay_finite_and_right(temperature: float) -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0, 9.9e3], [16.1, 0.0, -1.0, 0.5], [3.0, 3.0, -1e4, 2.999]])
     targets = torch.tensor([0, 0, 1])
     scale, top_p = torch.full((3,), temperature), torch.tensor([0.9, 0.3, 0.95])
-    rows = soft_top_p_nll(logits, scale, top_p, targets)
+    rows = soft_top_p_nll(logits, scale, top_p, targets, plain_share=torch.ones(3))
     for name, value in vars(rows).items():
         assert torch.isfinite(value).all(), name
     assert_rows_match(logits[:2], scale[:2], top_p[:2], targets[:2])
@@ -260,9 +265,11 @@ def test_top_p_of_one_is_plain_cross_entropy() -> None:
     logits = torch.randn(16, 4000, generator=generator(14)) * 2
     targets = torch.randint(0, 4000, (16,), generator=generator(15))
     temperature = torch.rand(16, generator=generator(16)) + 0.2
-    plain = soft_top_p_nll(logits, temperature, None, targets)
+    share = torch.zeros(16)
+    plain = soft_top_p_nll(logits, temperature, None, targets, plain_share=share)
     for top_p in (1.0, 1.5):
-        rows = soft_top_p_nll(logits, temperature, torch.full((16,), top_p), targets)
+        rows = soft_top_p_nll(logits, temperature, torch.full((16,), top_p), targets, plain_share=share)
+        torch.testing.assert_close(rows.d_logits, plain.d_logits)
         assert torch.equal(rows.loss, plain.loss)
         assert torch.equal(rows.d_temperature, plain.d_temperature)
         assert (rows.d_top_p == 0).all()

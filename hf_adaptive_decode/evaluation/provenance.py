@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +20,18 @@ _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface-
 def environment() -> dict[str, str]:
     """Versions of this library, Python and the packages that matter, the platform and the number of cores."""
     facts = {"hf_adaptive_decode": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    facts["cores"] = str(os.cpu_count())
-    for package in _PACKAGES:
+    return facts | {"cores": str(os.cpu_count())} | versions(_PACKAGES)
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """The version of each package, or that it is not installed, without importing it."""
+    found = {}
+    for package in packages:
         try:
-            facts[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            facts[package] = "not installed"
-    return facts
+            found[package] = "not installed"
+    return found
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
@@ -37,15 +43,15 @@ def provenance(**facts: Any) -> dict[str, Any]:
     """
     import torch
 
-    versions = environment()
+    found = environment()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    hardware = {"machine": versions.pop("platform"), "cores": versions.pop("cores"), "gpu": gpu}
+    hardware = {"machine": found.pop("platform"), "cores": found.pop("cores"), "gpu": gpu}
     return {
         "kind": "provenance",
         "format": 1,
         "library": __version__,
-        "versions": versions,
-        "commit": _commit(),
+        "versions": found,
+        "commit": commit(),
         "command": [without_folders(word) for word in sys.argv],
         "hardware": {**hardware, "threads": torch.get_num_threads()},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -67,7 +73,7 @@ def without_folders(text: str) -> str:
     return f"{flag}{mark}{Path(value).name}" if Path(value).is_absolute() else text
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the library's own checkout, with `+changes` if files differ from it; `None` where there is none."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():

@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -140,6 +141,7 @@ class AutoDecoTrainer(AdapterTrainer):
         # The output layer then runs in the precision of the rest of the model; the heads keep to fp32 by themselves.
         with self.accelerator.autocast():
             hidden = self._projection.hidden_states(**of_baseline(inputs))
+            inputs = send_to_device(inputs, hidden.device)  # a model on several devices ends on another than it begins
             output = self._decoding_loss(model, inputs, hidden, num_items_in_batch)
             loss = output.loss
             if ranking.weight > 0 and "low_labels" in inputs:
@@ -149,6 +151,7 @@ class AutoDecoTrainer(AdapterTrainer):
                 self._remember_control(control, mode)
                 loss = loss + ranking.weight * control.ranking.loss
         self._remember(output, mode)
+        loss = loss.to(self.args.device)
         return (loss, {}) if return_outputs else loss
 
     def _decoding_loss(
