@@ -109,5 +109,7 @@ class Capture:
             self.compiled = args[0]
             return None
         call = _CURRENT.get()
+        if call is not None:
+            self.compiled = None  # of an earlier pass, then
         instead = None if call is None else call.hear(args[0])
         return None if instead is None else (instead, *args[1:])

@@ -165,6 +165,14 @@ class AutoDecoConfig(PreTrainedConfig):
         self.temperature_range, self.top_p_range = list(temperature_range), list(top_p_range)
         super().__init__(**_inherited(kwargs))
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of any config; how the base is to be run is what the caller says, never what a file does."""
+        made = super().from_dict(config_dict, **kwargs)
+        for name in _RUNTIME & kwargs.keys():
+            setattr(made[0] if isinstance(made, tuple) else made, f"_{name}", kwargs[name])
+        return made
+
 
 def absorbed_settings(config: PreTrainedConfig | None) -> dict[str, Any]:
     """How to run the base: what the Auto classes took from their caller and put into the adapter's config."""

@@ -100,6 +100,7 @@ class GenerationSession:
     def running(self) -> Iterator[None]:
         """Makes this the thread's current call; on leaving, whatever happened, no tensor stays behind."""
         outer = current_call()
+        self._capture.take_compiled()  # of a pass that was nobody's
         try:
             with listening(self):
                 yield

@@ -128,6 +128,8 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         if parameters is None:
             decided = self.policy(state)
             check_parameters(decided, self.step)
+            if self.step == 0:
+                warn_if_overruled(decided, self._explicit)
             parameters = decided.override(self._explicit)
             self._held = parameters if self.policy.decides_once else None
         if self._record:

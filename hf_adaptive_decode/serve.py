@@ -17,13 +17,16 @@ def main(arguments: Sequence[str]) -> None:
         `ImportError`: If the server's packages are missing; says how to install them.
     """
     import transformers
-    from transformers.cli.transformers import app
+    import typer
+    from transformers.cli.serve import Serve
 
     from .modeling import AutoDecoForCausalLM
 
     # The server looks a model's class up among transformers' own, by the name in the model's config.
     transformers.AutoDecoForCausalLM = AutoDecoForCausalLM
-    app(["serve", *arguments], prog_name="python -m hf_adaptive_decode.serve")
+    app = typer.Typer(add_completion=False)
+    app.command()(Serve)
+    app(arguments, prog_name="python -m hf_adaptive_decode.serve")
 
 
 if __name__ == "__main__":

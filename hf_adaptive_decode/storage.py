@@ -28,7 +28,7 @@ from .hub.peft_layers import active_lora, unwrap_peft
 from .hub.peft_weights import load_peft, save_peft
 from .hub.push import push_adapter, push_local
 from .hub.static_setting import SPECIAL_TOKENS
-from .hub.store import AdapterFiles, check_fit, load_adapter, locate, save_adapter
+from .hub.store import AdapterFiles, check_fit, load_adapter, locate, refuse_another_model, save_adapter
 from .hub.writing import replacing
 from .policies import DecodingPolicy, build_policy
 from .tap import output_device
@@ -166,6 +166,7 @@ class StoredAdapters(_Base):
             )
 
     def _save_one(self, name: str, folder: Path) -> None:
+        refuse_another_model(folder)
         save_peft(self, folder)  # before the card, which speaks of it
         config = self.decoding_configs[name]
         save_adapter(self.decoding_adapters[name], config, folder)  # type: ignore[arg-type]

@@ -236,21 +236,21 @@ def check_fit(config: AutoDecoConfig, model: nn.Module, source: str) -> None:
         )
 
 
-def _refuse_another_model(config: Path) -> None:
+def refuse_another_model(folder: str | os.PathLike[str]) -> None:
     """Raises [`AdapterLoadError`] if a folder holds a model that is no adapter, whose files would be lost."""
     with contextlib.suppress(AdapterConfigError, FileNotFoundError):  # what cannot be read is nobody's model
-        settings = read_settings(config)
+        settings = read_settings(Path(folder, CONFIG_FILE))
         if settings.get("model_type") != AutoDecoConfig.model_type or is_released_format(settings):
             raise AdapterLoadError(
-                f"{config.parent} holds another model (model_type {settings.get('model_type')!r}), which an adapter "
-                "saved there would overwrite; name another folder."
+                f"{os.fspath(folder)} holds another model (model_type {settings.get('model_type')!r}), which an "
+                "adapter saved there would overwrite; name another folder."
             )
 
 
 def save_adapter(policy: DecodingPolicy, config: AutoDecoConfig, folder: str | os.PathLike[str]) -> None:
     """Writes `config.json` and `model.safetensors`; each appears whole or not at all."""
     os.makedirs(folder, exist_ok=True)
-    _refuse_another_model(Path(folder, CONFIG_FILE))
+    refuse_another_model(folder)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in policy.state_dict().items()}
     for name, tensor in tensors.items():
         if not math.isfinite(float(tensor.abs().max())):
