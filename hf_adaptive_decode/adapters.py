@@ -47,11 +47,17 @@ class DecodingAdapters(_Base):
     decoding_adapters: nn.ModuleDict
     decoding_configs: dict[str, AutoDecoConfig]
     _active: str
-    _adapter_enabled: bool = True
+    # Blocks of `disable_adapter` that are open. On the model and in no context variable, since a streamer's `generate`
+    # runs in a thread of its own.
+    _disabled: int = 0
     _is_trainable: dict[str, bool]
     _capture: Capture
     # What `unload` gives back.
     _of_base: tuple[type, GenerationConfig, frozenset[str]]
+
+    @property
+    def _adapter_enabled(self) -> bool:
+        return self._disabled == 0
 
     @property
     def active_adapter(self) -> str:
@@ -163,7 +169,7 @@ class DecodingAdapters(_Base):
         kind, self.generation_config, trained = self._of_base
         for name in ("decoding_adapters", "decoding_configs", "_active", "_is_trainable", "_capture", "_of_base"):
             delattr(self, name)
-        self.__dict__.pop("_adapter_enabled", None)
+        self.__dict__.pop("_disabled", None)
         self.__class__ = kind  # type: ignore[assignment]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -182,13 +188,16 @@ class DecodingAdapters(_Base):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the base model, exactly; a LoRA that the base came with stays on."""
-        before = self._adapter_enabled
-        self._adapter_enabled = False
+        """
+        Within it the model is the base model, exactly; a LoRA that the base came with stays on.
+
+        Blocks may overlap, in one thread or several.
+        """
+        self._disabled += 1
         try:
             yield
         finally:
-            self._adapter_enabled = before
+            self._disabled -= 1
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters; of a 4-bit base, as many as are packed in its weights."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
-import importlib.util
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from transformers import (
     cache_utils,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import is_optimum_quanto_available
 
 from hf_adaptive_decode import AutoDecoForCausalLM
 
@@ -518,7 +518,7 @@ MODES = (
         ),
         without=(FULL_ATTENTION,),
         truth="heard",
-        is_there=lambda: importlib.util.find_spec("optimum") is not None,
+        is_there=is_optimum_quanto_available,
     ),
     # A Mamba goes over the whole text again, on top of what its state holds.
     Mode("continued cache", CACHES, "`past_key_values`", run=on_from_a_cache, heard=("mamba",)),
@@ -659,6 +659,15 @@ MODES = (
     # --- continuous batching
     Mode("generate_batch", BATCHING, "`generate_batch`", run=in_batches, without=(NO_PAGES,), truth="none"),
     Mode(
+        "generate_batch, greedy",
+        BATCHING,
+        "",
+        asks(do_sample=False),
+        in_batches,
+        expected="base",
+        without=(NO_PAGES,),
+    ),
+    Mode(
         "paged cache",
         BATCHING,
         '`cache_implementation="paged"`',
@@ -749,7 +758,7 @@ def _families(within: Sequence[Mode]) -> str:
         return "none"
     said = ["all"]
     for gap in dict.fromkeys(gap for mode in within for gap in mode.without):
-        those = ", ".join(mode.shown for mode in within if gap in mode.without)
+        those = ", ".join(mode.shown for mode in within if mode.shown and gap in mode.without)
         said.append(f"{those} not {_listed(gap.families)} ({gap.why})")
     return "; ".join(said)
 

@@ -355,6 +355,16 @@ def test_unload_gives_the_base_back_untouched(family):
     assert again.active_adapter == "default"
 
 
+def test_a_policy_with_dropout_decides_without_it_on_a_base_that_does_not_train(base):
+    actions = [{"temperature": 0.5}, {"temperature": 1.5}]
+    config = AutoDecoConfig(policy="token_actions", actions=actions, policy_dropout=0.9)
+    model = AutoDecoForCausalLM.from_base(base.eval(), config)
+    assert not model.decoding_adapter.training
+    model.add_adapter("other", config)
+    assert not model.decoding_adapters["other"].training
+    assert AutoDecoForCausalLM.from_base(tiny.build_base().train(), config).decoding_adapter.training
+
+
 def test_a_copy_has_adapters_of_its_own(several):
     twin = copy.deepcopy(several)
     twin.set_adapter("hot")
