@@ -518,7 +518,7 @@ MODES = (
         ),
         without=(FULL_ATTENTION,),
         truth="heard",
-        is_there=is_optimum_quanto_available,
+        is_there=lambda: is_optimum_quanto_available() and tiny.has_compiler(),
     ),
     # A Mamba goes over the whole text again, on top of what its state holds.
     Mode("continued cache", CACHES, "`past_key_values`", run=on_from_a_cache, heard=("mamba",)),

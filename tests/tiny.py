@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shutil
 
 import torch
 from transformers import (
@@ -282,6 +283,11 @@ def counted_forwards(model):
         yield calls
     finally:
         handle.remove()
+
+
+def has_compiler() -> bool:
+    """Whether code for PyTorch can be compiled here."""
+    return shutil.which("g++") is not None or shutil.which("c++") is not None
 
 
 def hooks_left(model) -> int:
