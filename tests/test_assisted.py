@@ -170,10 +170,10 @@ def g_statistic(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, in
 @pytest.mark.parametrize("kind", ["draft model", "prompt lookup"])
 def test_the_output_distribution_is_the_adaptive_one(model, kind):
     """
-    Second tokens of 500 runs against the exact distribution, by a chi-square statistic beyond which a right sampler
+    Second tokens of 400 runs against the exact distribution, by a chi-square statistic beyond which a right sampler
     falls with odds below 1e-6 (Wilson-Hilferty, z = 4.9); the base's own distribution is rejected.
     """
-    ids, runs = repetitive(8), 500
+    ids, runs = repetitive(8), 400
     helper = drafts(kind)
     torch.manual_seed(11)
     counts = torch.zeros(VOCABULARY)
