@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 
+from .nucleus import largest
 from .types import DecodeState
 
 FEATURES = ("hidden", "entropy", "statistics")
@@ -15,9 +16,11 @@ STATISTICS = ("max_probability", "entropy", "variance", "top5_mass")
 _SCALED_EPSILON = 1e-8
 # exp(-200) is 0 in fp32; a scaled logit further down, or -inf, would turn 0 * inf into NaN.
 _LOWEST_SCALED = -200.0
+# Elements worked on at once on a processor, so that the passes over a row read its cache.
+_BLOCK_ELEMENTS = 1 << 20
 
 
-def logit_statistics(logits: torch.Tensor) -> torch.Tensor:
+def logit_statistics(logits: torch.Tensor, maxima: torch.Tensor | None = None) -> torch.Tensor:
     """
     Max p, entropy −Σ p log p (nats), variance of p scaled by the vocabulary, and mass of the five most likely tokens.
 
@@ -26,21 +29,30 @@ def logit_statistics(logits: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits (`torch.Tensor` of shape `[..., V]`): Any float dtype; computed in fp32. -inf entries have p = 0.
+        maxima (`torch.Tensor` of shape `[...]`, *optional*): The largest of each row, where it is known already.
 
     Returns:
         `torch.Tensor` of shape `[..., 4]`, `torch.float32`, in the order of `STATISTICS`.
     """
     logits = logits.float()
+    rows, vocabulary = logits.reshape(-1, logits.shape[-1]), logits.shape[-1]
+    peak = rows.amax(-1, keepdim=True) if maxima is None else maxima.float().reshape(-1, 1)
+    parts = max(1, _BLOCK_ELEMENTS // vocabulary) if logits.device.type == "cpu" else max(1, len(rows))
+    found = [_statistics(part, of_part) for part, of_part in zip(rows.split(parts), peak.split(parts), strict=True)]
+    return torch.cat(found).reshape(*logits.shape[:-1], len(STATISTICS))
+
+
+def _statistics(logits: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
     vocabulary = logits.shape[-1]
-    # Relative to the maximum, so that logits far from zero lose no digits.
-    shifted = logits - logits.amax(dim=-1, keepdim=True)
-    log_z = torch.logsumexp(shifted, dim=-1, keepdim=True)
-    p = torch.exp(shifted - log_z)
-    # −Σ p log p = log Z − Σ p·l; where p is 0 the product must be, too, even for l = -inf.
-    entropy = log_z.squeeze(-1) - (p * shifted.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
-    variance = (p * p).sum(-1) - 1.0 / vocabulary
-    top = p.topk(min(5, vocabulary), dim=-1).values
-    return torch.stack([top[..., 0], entropy.clamp(min=0.0), variance.clamp(min=0.0), top.sum(-1)], dim=-1)
+    # Relative to the maximum, so that logits far from zero lose no digits; what is as far below it as this has p = 0.
+    shifted = (logits - peak).clamp_(min=_LOWEST_SCALED)
+    weights = shifted.exp()
+    total = weights.sum(-1)
+    # −Σ p log p = log Z − Σ p·l. No dot products: their last bit depends on how many rows there are.
+    entropy = total.log() - (weights * shifted).sum(-1) / total
+    variance = weights.square_().sum(-1) / total.square() - 1.0 / vocabulary
+    top = largest(shifted, min(5, vocabulary)).exp().sum(-1) / total
+    return torch.stack([1.0 / total, entropy.clamp(min=0.0), variance.clamp(min=0.0), top], dim=-1)
 
 
 def scaled_statistics(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
@@ -102,6 +114,8 @@ def context(state: DecodeState, features: Sequence[str]) -> torch.Tensor:
     parts: dict[str, torch.Tensor] = {"hidden": state.hidden.float()}
     if reads_logits(features):
         with torch.no_grad():
-            parts["statistics"] = logit_statistics(cast(torch.Tensor, state.logits)).to(state.hidden.device)
+            parts["statistics"] = logit_statistics(cast(torch.Tensor, state.logits), state.maxima).to(
+                state.hidden.device
+            )
             parts["entropy"] = parts["statistics"][..., 1:2]
     return torch.cat([parts[name] for name in features], dim=-1)

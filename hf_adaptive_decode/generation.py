@@ -104,6 +104,8 @@ class GenerationSession:
         try:
             with listening(self):
                 yield
+            if self._processor is not None:
+                self._processor.finish()
         finally:
             if isinstance(outer, GenerationSession) and self._was_asked():
                 outer._passed_on = True
@@ -165,6 +167,8 @@ class GenerationSession:
             parallel_samples=config.num_return_sequences or 1,
             record=self._record,
             read_prompt_mean=lambda: self._prompt_mean,
+            # transformers copies the logits for its processors, and keeps that copy only for whoever asks for logits.
+            may_overwrite=not config.output_logits and "custom_generate" not in self._requested,
         )
         last = behind_constraints(processors, config)
         # A processor may run the model itself (classifier-free guidance does), so the hidden state is taken first.

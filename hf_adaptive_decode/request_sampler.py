@@ -13,9 +13,10 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from .budget import MAX_BUDGET
+from .checks import check_parameters, check_scores
 from .errors import UnsupportedGenerationError
 from .policies import DecodingPolicy
-from .sampler import check_parameters, check_scores, warn_if_overruled
+from .sampler import warn_if_overruled
 from .tap import output_embedding
 from .types import DecodeState, SamplingParameters
 from .warping import warp_logits
@@ -147,10 +148,9 @@ class RequestSampler:
     def sample(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores `[rows, V]` → warped scores `[rows, V]`."""
         checked = not (scores.is_cuda and torch.cuda.is_current_stream_capturing())
-        if checked:
-            check_scores(scores, 0)
+        maxima = check_scores(scores, 0) if checked else scores.amax(-1)
         hidden, self._heard.hidden = self._heard.hidden, None
-        state = DecodeState(hidden, scores, self._remaining.values.long(), self._samples.values.long())
+        state = DecodeState(hidden, scores, self._remaining.values.long(), self._samples.values.long(), maxima=maxima)
         parameters = self._policy(state)
         warn_if_overruled(parameters, self._explicit)
         if checked:
@@ -159,9 +159,8 @@ class RequestSampler:
             parameters = self._held(parameters)
         parameters = parameters.override(self._explicit)
         own = {"temperature": self._temperature.values, "top_p": self._top_p.values}
-        return warp_logits(
-            scores, replace(parameters, **{n: _where_given(v, vars(parameters)[n]) for n, v in own.items()})
-        )
+        parameters = replace(parameters, **{n: _where_given(v, vars(parameters)[n]) for n, v in own.items()})
+        return warp_logits(scores, parameters, maxima=maxima)
 
     def _held(self, parameters: SamplingParameters) -> SamplingParameters:
         """What was decided for each request at its first step, which this may be."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from torch import nn
 from transformers import LogitsProcessor
 
 from .budget import resolve_budget
-from .errors import AdaptiveDecodeError, LogitsError, UnsupportedGenerationError
+from .checks import StepChecks
+from .errors import AdaptiveDecodeError, UnsupportedGenerationError
 from .hub.peft_weights import check_lora
 from .hub.store import load_adapter, locate
 from .policies import DecodingPolicy, RowPolicies
@@ -39,9 +39,11 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         record (`bool`, defaults to `False`): Whether to keep what was sampled with, for [`~trace`].
         read_prompt_mean (`Callable[[], torch.Tensor | None]`, *optional*):
             Gives the mean of the prompt's hidden states `[rows, H]`, for policies that pool by mean.
+        may_overwrite (`bool`, defaults to `False`): Whether the scores it is called with are nobody else's.
 
     Raises:
-        [`LogitsError`]: If a row's scores are NaN, +inf or all -inf; names the step and the row.
+        [`LogitsError`]: If a row's scores are NaN, +inf or all -inf; names the step and the row. On CUDA it comes with
+            the next step, or from [`~finish`], so that the host waits for nothing.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         parallel_samples: int | None = None,
         record: bool = False,
         read_prompt_mean: Callable[[], torch.Tensor | None] | None = None,
+        may_overwrite: bool = False,
     ) -> None:
         self.policy = policy
         self.step = 0
@@ -62,6 +65,8 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         self._parallel_samples = parallel_samples
         self._record = record
         self._read_prompt_mean = read_prompt_mean
+        self._may_overwrite = may_overwrite
+        self._checks = StepChecks()
         self._first_length: int | None = None
         # By step: a draft that is refused has its steps sampled again.
         self._steps: dict[int, SamplingParameters] = {}
@@ -97,6 +102,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         tokens = None if known.tokens is None else torch.tensor(known.tokens)
         processor = cls(policy, tap.last_position, token_budget=tokens, parallel_samples=known.samples)
         processor._tap = tap
+        processor._checks = StepChecks(defers=False)  # nobody says when the last step was
         return processor
 
     def close(self) -> None:
@@ -115,7 +121,7 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
             self._first_length = input_ids.shape[1]
         # By the text's length, not by counting: of a draft the same step may come twice.
         self.step = input_ids.shape[1] - self._first_length
-        check_scores(scores, self.step)
+        maxima = self._checks.scores(scores, self.step)
         hidden = self._read_hidden()
         if hidden.shape[0] != scores.shape[0]:
             raise AdaptiveDecodeError(
@@ -123,24 +129,30 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
                 "way of generating does not keep one hidden state a row."
             )
         prompt_mean = None if self._read_prompt_mean is None else self._read_prompt_mean()
-        state = DecodeState(hidden, scores, *self._budgets(scores), prompt_mean)
+        state = DecodeState(hidden, scores, *self._budgets(scores), prompt_mean, maxima=maxima)
         parameters = self._held
         if parameters is None:
             decided = self.policy(state)
-            check_parameters(decided, self.step)
+            self._checks.parameters(decided, self.step)
             if self.step == 0:
                 warn_if_overruled(decided, self._explicit)
             parameters = decided.override(self._explicit)
             self._held = parameters if self.policy.decides_once else None
         if self._record:
             self._steps[self.step] = parameters
-        return warp_logits(scores, parameters.to(scores.device))
+        parameters = parameters.to(scores.device)
+        warped = warp_logits(scores, parameters, inplace=self._may_overwrite, maxima=maxima)
+        return self._checks.make_harmless(warped, maxima)
+
+    def finish(self) -> None:
+        """To be called behind the last step: raises what is found to be wrong with it."""
+        self._checks.finish()
 
     def _budgets(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         remaining = samples = None
         if self._token_budget is not None:
-            budget = self._token_budget.to(scores.device).expand(scores.shape[0])
-            remaining = (budget - self.step).clamp(min=0)
+            self._token_budget = self._token_budget.to(scores.device)
+            remaining = (self._token_budget.expand(scores.shape[0]) - self.step).clamp(min=0)
         if self._parallel_samples is not None:
             samples = torch.full(scores.shape[:1], self._parallel_samples, device=scores.device)
         return remaining, samples
@@ -204,39 +216,3 @@ def warn_if_overruled(decided: SamplingParameters, explicit: dict[str, float | i
             "None}`), and the adapter decides; `model.disable_adapter()` says that it is not to.",
             stacklevel=2,
         )
-
-
-def check_scores(scores: torch.Tensor, step: int, rows: torch.Tensor | None = None) -> None:
-    """Raises [`LogitsError`] with the step and the row if scores `[rows, V]` hold NaN, +inf, or nothing above -inf."""
-    best = scores.amax(dim=-1)  # NaN and +inf show in the maximum, and so does a row with nothing left
-    row = _first_bad(best, rows)
-    if row is not None:
-        value = best[row].item()
-        row = row if rows is None else int(rows[row])
-        found = "NaN" if math.isnan(value) else "+inf" if value > 0 else "no token above -inf"
-        raise LogitsError(
-            f"step {step}, row {row}: the model's scores hold {found}. Check the model's dtype and weights, and that "
-            "its constraints leave at least one token."
-        )
-
-
-def check_parameters(parameters: SamplingParameters, step: int, rows: torch.Tensor | None = None) -> None:
-    """Raises [`LogitsError`] with the step and the row if a policy gave a temperature or top-p that is not finite."""
-    for name in ("temperature", "top_p"):
-        values = vars(parameters)[name]
-        row = _first_bad(values, rows) if isinstance(values, torch.Tensor) else None
-        if row is not None:
-            value = values[row].item()
-            row = row if rows is None else int(rows[row])
-            raise LogitsError(
-                f"step {step}, row {row}: the policy gave {value} as {name}. Its weights, or the hidden "
-                "states of this base model, are out of range; load the adapter on the base it was trained on."
-            )
-
-
-def _first_bad(values: torch.Tensor, rows: torch.Tensor | None) -> int | None:
-    """The first place of `values` `[N]` that is not finite, of those whose number in `rows` `[N]` is not -1."""
-    bad = ~torch.isfinite(values)
-    if rows is not None:
-        bad &= (rows >= 0).to(bad.device)
-    return int(bad.nonzero()[0]) if bool(bad.any()) else None

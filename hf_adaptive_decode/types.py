@@ -41,8 +41,8 @@ class SamplingParameters:
         """The same parameters with those in `explicit` (name to scalar) put in place of the policy's."""
         return replace(self, **explicit) if explicit else self
 
-    def select(self, rows: torch.Tensor) -> SamplingParameters:
-        """The parameters of `rows` (index or mask of shape `[M]`); scalars stay as they are."""
+    def select(self, rows: torch.Tensor | slice) -> SamplingParameters:
+        """The parameters of `rows` (slice, or index or mask of shape `[M]`); scalars stay as they are."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return SamplingParameters(**{k: v[rows] if is_per_row(v) else v for k, v in values.items()})
 
@@ -75,6 +75,8 @@ class DecodeState:
             Mean over the prompt's tokens of what `hidden` holds of the last; policies that pool by mean read it.
         uniform (`torch.Tensor` of shape `[N]`, `torch.float64`, *optional*):
             Numbers of [0, 1) that decide what a policy draws; without them it draws from torch's generator.
+        maxima (`torch.Tensor` of shape `[N]`, *optional*):
+            The largest of each row's logits, where it is known already: it saves who reads them a pass.
     """
 
     hidden: torch.Tensor
@@ -83,6 +85,7 @@ class DecodeState:
     parallel_samples: torch.Tensor | None = None
     prompt_mean: torch.Tensor | None = None
     uniform: torch.Tensor | None = None
+    maxima: torch.Tensor | None = None
 
     def select(self, rows: torch.Tensor) -> DecodeState:
         """The state of `rows` (index or mask of shape `[M]`)."""

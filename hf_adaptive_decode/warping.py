@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
 import torch
 
 from .errors import SamplingParameterError
-from .types import Field, SamplingParameters, is_per_row
+from .nucleus import HOST, kth_largest, nucleus_edge
+from .types import Field, SamplingParameters
 
 # Below this a temperature is as good as greedy (a gap of 1e-4 becomes e^-100) and dividing by it could overflow.
 MIN_TEMPERATURE = 1e-6
 # Above this every finite row is flat, and beyond fp32 a row would become NaN.
 MAX_TEMPERATURE = 1e6
-# A nucleus is looked for among this many most likely tokens, then among more, then by a full sort.
-_NUCLEUS_STAGES = (128, 2048)
+# Elements worked on at once on a processor: the several passes over a row then read its cache and not the memory.
+_BLOCK_ELEMENTS = 1 << 20
+_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0}
 _NEVER = -float("inf")
 _MAX_TOP_K = 1 << 31
 
 
-def warp_logits(logits: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
+@torch.no_grad()
+def warp_logits(
+    logits: torch.Tensor, parameters: SamplingParameters, *, inplace: bool = False, maxima: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Temperature, then top-k, then top-p, then min-p, each with the semantics of transformers' own warper.
+
+    No row is sorted, and on an accelerator nothing waits for it. No gradient flows.
 
     Args:
         logits (`torch.Tensor` of shape `[N, V]`): Any float dtype. -inf entries stay -inf.
         parameters ([`SamplingParameters`]): Fields of shape `[N]`, or scalars, or `None` for off.
+        inplace (`bool`, defaults to `False`): Whether fp32 or fp64 logits may be overwritten.
+        maxima (`torch.Tensor` of shape `[N]`, *optional*): The largest logit of each row, where it is known already.
 
     Returns:
         `torch.Tensor` of shape `[N, V]`, `torch.float32` (`torch.float64` for such input): dropped tokens are -inf, at
@@ -42,26 +55,52 @@ def warp_logits(logits: torch.Tensor, parameters: SamplingParameters) -> torch.T
     """
     check_scalars(parameters)
     scores = logits if logits.dtype == torch.float64 else logits.float()
-    if scores.numel() == 0:
+    if scores.numel() == 0 or not any(_acts(parameters, name) for name in _OFF):
         return scores
+    may_overwrite = (inplace or scores is not logits) and scores.is_contiguous()
+    warped = scores if may_overwrite else torch.empty_like(scores, memory_format=torch.contiguous_format)
+    rows = scores.shape[0] if scores.device.type != HOST else max(1, _BLOCK_ELEMENTS // scores.shape[-1])
+    for start in range(0, scores.shape[0], rows):
+        part = slice(start, start + rows)
+        _warp_into(warped[part], scores[part], parameters.select(part), None if maxima is None else maxima[part])
+    return warped
+
+
+def _warp_into(
+    scores: torch.Tensor, logits: torch.Tensor, parameters: SamplingParameters, maxima: torch.Tensor | None
+) -> None:
+    """[`warp_logits`] of rows that fit together; `scores` may be the logits themselves."""
+    cuts_ratio = _acts(parameters, "min_p")
+    peak = None
+    if cuts_ratio or _acts(parameters, "top_p"):
+        peak = logits.amax(-1, keepdim=True) if maxima is None else maxima.to(logits.dtype)[:, None]
     greedy = None
-    temperature = parameters.temperature
-    if temperature is not None and not _is_scalar(temperature, 1.0):
-        t = _column(temperature, scores).nan_to_num(nan=1.0)
-        greedy = t <= 0
-        scores = scores / t.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
-    threshold = _top_k_threshold(scores, parameters.top_k)
-    threshold, ties = _top_p_threshold(scores, parameters.top_p, threshold, greedy)
-    if parameters.min_p is not None and not _is_scalar(parameters.min_p, 0):
+    if _acts(parameters, "temperature"):
+        t = _column(parameters.temperature, logits).nan_to_num(nan=1.0)
+        greedy = _Greedy.among(logits, t)
+        t = t.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
+        torch.div(logits, t, out=scores)
+        peak = None if peak is None else peak / t  # rounding keeps the order, so this is the largest quotient
+    elif scores is not logits:
+        scores.copy_(logits)
+
+    floor = kth_largest(scores, cast(Any, parameters.top_k)) if _acts(parameters, "top_k") else None
+    ties = None
+    if peak is not None and _acts(parameters, "top_p"):
+        mass = _column(parameters.top_p, scores).expand(len(scores), 1)
+        mass = mass if greedy is None else mass.masked_fill(greedy.where, 1.0)
+        ties = nucleus_edge(scores, peak, mass.squeeze(-1), floor)
+        floor = ties[0] if floor is None else torch.maximum(floor, ties[0])
+    if peak is not None and cuts_ratio:
         # p < min_p · max p, in log space; log(0) = -inf switches a row off.
-        threshold = _highest(threshold, scores.amax(-1, keepdim=True) + _column(parameters.min_p, scores).log())
-    if threshold is not None:
-        scores = scores.masked_fill(scores < threshold, _NEVER)
+        ratio = peak + _column(parameters.min_p, scores).log()
+        floor = ratio if floor is None else torch.maximum(floor, ratio)
+    if floor is not None:
+        _drop_below(scores, floor)
     if ties is not None:
-        scores = _drop_ties(scores, *ties)
-    if greedy is not None and (is_per_row(temperature) or temperature == 0):
-        scores = _keep_argmax(scores, logits, greedy)
-    return scores
+        _drop_ties(scores, *ties)
+    if greedy is not None:
+        greedy.keep_alone(scores)
 
 
 def check_scalars(parameters: SamplingParameters) -> None:
@@ -80,113 +119,71 @@ def check_scalars(parameters: SamplingParameters) -> None:
             raise SamplingParameterError(f"`{name}` is {value!r}; it has to be {wanted}.")
 
 
-def _is_scalar(value: Field, off: float) -> bool:
-    return not isinstance(value, torch.Tensor) and value == off
+def _acts(parameters: SamplingParameters, name: str) -> bool:
+    value = vars(parameters)[name]
+    return value is not None and (isinstance(value, torch.Tensor) or value != _OFF[name])
 
 
 def _column(value: Field, like: torch.Tensor) -> torch.Tensor:
     """`value` as `[N, 1]` or `[1, 1]`, ready to broadcast over `like` `[N, V]`."""
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1, 1)
+    if not isinstance(value, torch.Tensor):
+        # Filled where it is: to copy a number to an accelerator is to wait for it.
+        return torch.full((1, 1), min(float(cast(float, value)), MAX_TEMPERATURE), dtype=like.dtype, device=like.device)
+    return value.to(like.device, like.dtype).reshape(-1, 1)
 
 
-def _highest(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
-    return b if a is None else torch.maximum(a, b)
+def _drop_below(scores: torch.Tensor, floor: torch.Tensor) -> None:
+    """-inf in place of what is below `floor` `[N, 1]`; of NaN, too, which no row with a floor has."""
+    if scores.device.type != HOST:
+        scores.masked_fill_(scores < floor, _NEVER)
+        return
+    # Few are kept, as a rule. numpy finds them, and leaves out others, several times faster than torch does here.
+    values = scores.detach().numpy()
+    is_kept = values >= floor.numpy()
+    if np.count_nonzero(is_kept) > is_kept.size // 8:
+        np.copyto(values, _NEVER, where=~is_kept)
+        return
+    kept = np.flatnonzero(is_kept)
+    own = values.ravel()[kept]
+    values.fill(_NEVER)
+    values.reshape(-1)[kept] = own
 
 
-def _top_k_threshold(scores: torch.Tensor, top_k: Field) -> torch.Tensor | None:
-    """`[N, 1]` or `[1, 1]`: the k-th largest score of each row; ties with it are kept, as transformers does."""
-    if top_k is None or _is_scalar(top_k, 0):
-        return None
-    vocabulary = scores.shape[-1]
-    k = torch.as_tensor(top_k, device=scores.device).reshape(-1, 1).long().clamp(max=vocabulary)
-    largest = int(k.max())
-    if largest == 0:
-        return None
-    values = scores.topk(largest, dim=-1).values
-    kth = values.gather(-1, (k - 1).clamp(min=0).expand(scores.shape[0], 1))
-    return kth.masked_fill(k == 0, _NEVER)
+def _drop_ties(scores: torch.Tensor, edge: torch.Tensor, count: torch.Tensor, more: torch.Tensor) -> None:
+    """Where there are `more` `[N]`, keeps the last `count` `[N]` of the tokens equal to `edge` `[N, 1]`: a sort's order."""
+    if scores.device.type == HOST:
+        rows = more.nonzero().squeeze(-1)
+        if len(rows):
+            part = scores[rows]
+            scores[rows] = part.masked_fill_(_surplus(part, edge[rows], count[rows]), _NEVER)
+        return
+    scores.masked_fill_(_surplus(scores, edge, count) & more[:, None], _NEVER)
 
 
-def _top_p_threshold(
-    scores: torch.Tensor, top_p: Field, threshold: torch.Tensor | None, greedy: torch.Tensor | None
-) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
-    """
-    The score `[N, 1]` of the last token in each row's nucleus, joined with `threshold`, and the rows where tokens
-    tied with it must go: (rows `[M]`, their cut-off `[M]`, how many of the tied to keep `[M]`).
-    """
-    if top_p is None or _is_scalar(top_p, 1.0):
-        return threshold, None
-    mass = _column(top_p, scores).expand(scores.shape[0], 1)
-    # A row with mass 1 is never masked: an fp32 cumulative sum above 1 must not drop its rarest tokens.
-    open_rows = (mass < 1).squeeze(-1)
-    if greedy is not None:
-        open_rows = open_rows & ~greedy.squeeze(-1)
-    rows = open_rows.nonzero().squeeze(-1)
-    if rows.numel() == 0:
-        return threshold, None
-    kept = scores if threshold is None else scores.masked_fill(scores < threshold, _NEVER)
-    log_z = kept.logsumexp(-1, keepdim=True)
-    cutoff = torch.full_like(log_z, _NEVER)
-    tied: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    for stage in (*_NUCLEUS_STAGES, kept.shape[-1]):
-        width = min(stage, kept.shape[-1])
-        part = kept if rows.numel() == kept.shape[0] else kept[rows]
-        last, values, count, covered = _nucleus_edge(part, log_z[rows], mass[rows], width)
-        done = rows[covered]
-        cutoff[done] = last[covered]
-        straddles = covered & (values == last).sum(-1).gt(count)
-        # The last candidate tied with the edge may have equals beyond the candidates, so it counts as straddling too.
-        straddles |= covered & (values[:, -1:] == last).squeeze(-1) & (width < kept.shape[-1])
-        if straddles.any():
-            tied.append((rows[straddles], last[straddles].squeeze(-1), count[straddles]))
-        rows = rows[~covered]
-        if rows.numel() == 0:
-            break
-    if not tied:
-        return _highest(threshold, cutoff), None
-    at, value, keep = (torch.cat(parts) for parts in zip(*tied, strict=True))
-    return _highest(threshold, cutoff), (at, value, keep)
+def _surplus(scores: torch.Tensor, edge: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    tied = scores == edge
+    up_to_here = tied.cumsum(-1)
+    return tied & (up_to_here[:, -1:] - up_to_here >= count[:, None])
 
 
-def _nucleus_edge(
-    scores: torch.Tensor, log_z: torch.Tensor, mass: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Looks for each row's nucleus among its `width` largest scores.
+@dataclass(frozen=True)
+class _Greedy:
+    """Rows at temperature 0: `where` they are, bool `[N, 1]`; their argmax, `best`, and its logit, `own`, `[N, 1]`."""
 
-    Returns the edge's score `[M, 1]`, the candidates `[M, width]`, how many tokens equal to the edge belong to the
-    nucleus `[M]`, and whether the nucleus ended within the candidates `[M]`.
-    """
-    values = scores.topk(width, dim=-1).values if width < scores.shape[-1] else scores.sort(-1, descending=True).values
-    p = torch.exp(values - log_z)
-    total = p.cumsum(-1)
-    # transformers keeps a token while the mass ahead of it is below top_p; the most likely token always stays.
-    inside = (total - p < mass) & (values > _NEVER)
-    size = inside.sum(-1, keepdim=True).clamp(min=1)
-    edge = values.gather(-1, size - 1)
-    in_nucleus = torch.arange(width, device=values.device) < size
-    count = ((values == edge) & in_nucleus).sum(-1)
-    covered = (total[:, -1:] >= mass).squeeze(-1) | (size.squeeze(-1) < width)
-    if width == scores.shape[-1]:
-        covered = torch.ones_like(covered)
-    return edge, values, count, covered
+    where: torch.Tensor
+    best: torch.Tensor
+    own: torch.Tensor
 
+    @classmethod
+    def among(cls, logits: torch.Tensor, temperature: torch.Tensor) -> _Greedy | None:
+        """`None` if there are none; not asked of an accelerator."""
+        where = (temperature <= 0).expand(len(logits), 1)
+        if where.device.type == HOST and not bool(where.any()):
+            return None
+        best = logits.argmax(-1, keepdim=True)
+        return cls(where, best, logits.gather(-1, best))
 
-def _drop_ties(scores: torch.Tensor, rows: torch.Tensor, cutoff: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Of the tokens equal to `cutoff`, keeps the `keep` with the highest index: the order of transformers' sort."""
-    part = scores[rows]
-    tie = part == cutoff[:, None]
-    rank_from_end = tie.flip(-1).cumsum(-1).flip(-1)
-    scores = scores.clone() if scores.is_inference() else scores
-    scores[rows] = part.masked_fill(tie & (rank_from_end > keep[:, None]), _NEVER)
-    return scores
-
-
-def _keep_argmax(scores: torch.Tensor, logits: torch.Tensor, greedy: torch.Tensor) -> torch.Tensor:
-    """On rows where `greedy` `[N, 1]` (or `[1, 1]`) holds, drops all but the first most likely token."""
-    best = logits.argmax(-1, keepdim=True)
-    others = torch.ones_like(scores, dtype=torch.bool).scatter_(-1, best, False)
-    warped = scores.masked_fill(others & greedy, _NEVER)
-    # A greedy row's temperature is no divisor: its argmax keeps the model's own logit.
-    own = logits.gather(-1, best).to(scores.dtype)
-    return warped.scatter(-1, best, torch.where(greedy, own, warped.gather(-1, best)))
+    def keep_alone(self, scores: torch.Tensor) -> None:
+        """Drops all but the argmax, whose score is the model's own logit: 0 is no divisor."""
+        kept = torch.where(self.where, self.own, scores.gather(-1, self.best))
+        scores.masked_fill_(self.where, _NEVER).scatter_(-1, self.best, kept)

@@ -19,7 +19,17 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 # Each layer may import itself and the layers before it.
 LAYERS = (
     ("_version", "types", "errors"),
-    ("configuration", "configuration_checks", "warping", "features", "budget", "actions", "randomness"),
+    (
+        "configuration",
+        "configuration_checks",
+        "nucleus",
+        "warping",
+        "features",
+        "checks",
+        "budget",
+        "actions",
+        "randomness",
+    ),
     ("policies",),
     ("tap", "sampler", "projection", "losses", "hub"),
     ("capture", "settings", "generation", "request_sampler", "batching", "adapters", "storage", "detour", "modeling"),

@@ -42,7 +42,7 @@ class EntropyPolicy(DecodingPolicy):
     def forward(self, state: DecodeState) -> SamplingParameters:
         """`temperature` of shape `[N]`, `torch.float32`, and the rule's `top_p`, a number for all rows."""
         logits = cast(torch.Tensor, state.logits)
-        entropy = logit_statistics(logits)[..., 1]
+        entropy = logit_statistics(logits, state.maxima)[..., 1]
         if self.rule["name"] == "edt":
             power = self.rule["theta"] / entropy.clamp(min=_LEAST_ENTROPY)
             temperature = self.rule["temperature"] * self.rule["base"] ** power

@@ -1,0 +1,215 @@
+"""
+Finds the score at which a row's top-k or nucleus ends, without sorting the row; knows scores, not what they are for.
+
+On a processor: a token outside `P` of the mass has a probability below `(1 - P) / V`, so only those above that are
+looked at; their masses are put into buckets by score, and the one bucket in which the mass is reached is sorted. On an
+accelerator, where asking how many there are would make the host wait: a radix search, eight bits of the score a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+# Below this many words a sort costs less than being clever.
+_SMALL_VOCABULARY = 1024
+# Groups in which tokens are looked at for the k largest; each of these lies in one of the k groups of largest maxima.
+_GROUP = 16
+_BUCKETS = 2048
+# Where more than this part of a row could hold the edge, every 64th token says where to look.
+_MANY, _STRIDE, _MARGIN = 1 / 16, 64, 0.02
+_NEVER = -float("inf")
+# The device whose values can be read without waiting for it.
+HOST = "cpu"
+_Edge = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def kth_largest(scores: torch.Tensor, k: torch.Tensor | int) -> torch.Tensor:
+    """
+    The k-th largest score of each row, `[N, 1]`; -inf where k is 0, which stands for off.
+
+    Args:
+        scores (`torch.Tensor` of shape `[N, V]`): float32 or float64.
+        k (`torch.Tensor` of shape `[N]` or `[1]`, integer, or `int`): Beyond V it is V.
+    """
+    vocabulary = scores.shape[-1]
+    if not isinstance(k, torch.Tensor):
+        return largest(scores, min(int(k), vocabulary))[:, -1:]
+    k = k.to(scores.device).long().clamp(max=vocabulary).expand(scores.shape[0])
+    if scores.device.type == HOST:
+        values = largest(scores, max(int(k.max()), 1))
+        kth = values.gather(-1, (k - 1).clamp(min=0)[:, None])
+    else:
+        kth = _radix_search(scores, None, k.double())[0]
+    return kth.masked_fill((k == 0)[:, None], _NEVER)
+
+
+def largest(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """The `k` largest of each row of `scores` `[N, V]` in order, `[N, k]`, ties included as often as they occur."""
+    rows, vocabulary = scores.shape
+    grouped = vocabulary // _GROUP * _GROUP
+    if k * _GROUP * 2 > grouped:
+        return scores.topk(k, dim=-1).values
+    # Strided groups, so that their maxima are taken by whole vectors.
+    groups = scores[:, :grouped].view(rows, _GROUP, -1)
+    best = groups.amax(1).topk(k, dim=-1, sorted=False).indices
+    members = groups.gather(-1, best[:, None, :].expand(rows, _GROUP, k)).view(rows, -1)
+    return torch.cat([members, scores[:, grouped:]], dim=-1).topk(k, dim=-1).values
+
+
+def nucleus_edge(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> _Edge:
+    """
+    The last token of each row's nucleus: transformers keeps a token while the mass ahead of it is below top-p.
+
+    Args:
+        scores (`torch.Tensor` of shape `[N, V]`): float32 or float64, -inf where a token is ruled out.
+        peak (`torch.Tensor` of shape `[N, 1]`): The largest score of each row, finite.
+        mass (`torch.Tensor` of shape `[N]`): P; a row with 1 or more has no edge.
+        floor (`torch.Tensor` of shape `[N, 1]`, *optional*): Tokens with scores below it are ruled out, too.
+
+    Returns:
+        The edge's score `[N, 1]` (-inf for none), how many tokens of that score belong to the nucleus `[N]`, and
+        whether there are more than those `[N]`.
+    """
+    if scores.device.type != HOST:
+        return _edge_by_radix(scores, peak, mass, floor)
+    if scores.shape[-1] <= _SMALL_VOCABULARY:
+        return _edge_by_sort(scores, peak, mass, floor)
+    return _edge_by_buckets(scores, peak, mass, floor)
+
+
+def _edge_by_sort(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> _Edge:
+    kept = scores if floor is None else scores.masked_fill(scores < floor, _NEVER)
+    ranked = kept.sort(-1, descending=True).values
+    weight = torch.exp(ranked - peak).double()
+    total = weight.cumsum(-1)
+    wanted = mass.double()[:, None] * total[:, -1:]
+    size = ((total - weight < wanted) & (weight > 0)).sum(-1, keepdim=True).clamp(min=1)
+    edge = ranked.gather(-1, size - 1)
+    equal = ranked == edge
+    count = (equal & (torch.arange(ranked.shape[-1]) < size)).sum(-1)
+    is_open = mass < 1
+    return edge.masked_fill(~is_open[:, None], _NEVER), count, (equal.sum(-1) > count) & is_open
+
+
+def _edge_by_buckets(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> _Edge:
+    # The fused kernel is faster than an exponential alone; and numpy compares ten times as fast as torch does here.
+    weights = scores.softmax(-1)
+    score, weight, part = scores.numpy(), weights.numpy(), mass.double().numpy()
+    largest = weights.amax(-1).double().numpy()
+    if floor is not None:
+        weight *= score >= floor.numpy()
+    rows, vocabulary = weight.shape
+    total = weights.sum(-1).double().numpy()
+    wanted, is_open = part * total, part < 1
+    # A hair below (1 - P) / V of the mass, so that no rounding rules out the edge; above all where there is none.
+    low = np.where(is_open, (1 - part) * total / vocabulary * 0.999, np.inf).astype(weight.dtype)
+    high, ahead = np.full_like(low, np.inf), np.zeros(rows)
+    is_candidate = weight >= low[:, None]
+    if np.count_nonzero(is_candidate) > _MANY * is_candidate.size:
+        low, high, ahead = _bracket(weights, part, total, low)
+        is_candidate = (weight >= low[:, None]) & (weight < high[:, None])
+    found = np.flatnonzero(is_candidate)
+    counts = np.diff(np.searchsorted(found, np.arange(rows + 1) * vocabulary))
+    row = np.repeat(np.arange(rows), counts)
+    mine, its_score = weight.ravel()[found].astype(np.float64), score.ravel()[found]
+
+    # By score, over which tokens are spread more evenly than over weight; the first bucket holds the largest.
+    tiny = np.finfo(np.float64).tiny
+    top = np.log(np.clip(high, tiny, largest) / largest)
+    width = np.maximum(top - np.log(np.clip(low, tiny, largest) / largest), 1e-6)
+    place = (top + peak[:, 0].double().numpy())[row] - its_score
+    bucket = np.clip(place * (_BUCKETS / width)[row], 0, _BUCKETS - 1).astype(np.int64) + row * _BUCKETS
+    masses = np.bincount(bucket, weights=mine, minlength=rows * _BUCKETS).reshape(rows, _BUCKETS)
+    reached = ahead[:, None] + masses.cumsum(1)
+    last = _BUCKETS - 1 - (masses[:, ::-1] > 0).argmax(1)
+    edge_bucket = np.minimum((reached < wanted[:, None]).sum(1), last)
+    ahead = np.take_along_axis(reached - masses, edge_bucket[:, None], 1)[:, 0]
+    member = np.flatnonzero(bucket == (edge_bucket + np.arange(rows) * _BUCKETS)[row])
+    edge, count, more = _edge_among(row[member], its_score[member], mine[member], ahead, wanted)
+    return torch.from_numpy(edge)[:, None], torch.from_numpy(count), torch.from_numpy(more)
+
+
+def _bracket(
+    weights: torch.Tensor, part: np.ndarray, total: np.ndarray, low: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights `[R]` between which each row's edge lies for certain, and the mass from the upper one on."""
+    sample = weights[:, ::_STRIDE].sort(-1, descending=True).values
+    share = sample.cumsum(-1, dtype=torch.float64).numpy()
+    share /= np.maximum(share[:, -1:], np.finfo(np.float64).tiny)
+    ranked = np.concatenate([sample.numpy(), np.zeros_like(low)[:, None]], axis=1)
+    guesses: list[tuple[np.ndarray, np.ndarray]] = []
+    for wanted in (part + _MARGIN, part - _MARGIN):
+        guess = np.take_along_axis(ranked, (share < wanted[:, None]).sum(1, keepdims=True), 1)
+        is_from_here = torch.from_numpy(weights.numpy() >= guess).to(weights.dtype)
+        reached = torch.linalg.vecdot(weights, is_from_here).double().numpy()
+        guesses.append((guess[:, 0], reached))
+    (below, with_below), (above, with_above) = guesses
+    slack = 1e-5 * total
+    wanted = part * total
+    low = np.where(with_below >= wanted + slack, np.maximum(below, low), low)
+    is_above = with_above < wanted - slack
+    return low, np.where(is_above, above, np.inf).astype(low.dtype), np.where(is_above, with_above, 0.0)
+
+
+def _edge_among(
+    row: np.ndarray, score: np.ndarray, weight: np.ndarray, ahead: np.ndarray, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The edge, how many of its score to keep, and whether there are more: `[R]` each, from some tokens of each row."""
+    order = np.lexsort((-score, row))
+    row, score, weight = row[order], score[order], weight[order]
+    members = np.bincount(row, minlength=len(wanted))
+    starts = members.cumsum() - members
+    before = weight.cumsum() - weight
+    first = starts[row]
+    is_inside = (ahead[row] + before - before[first] < wanted[row]) | (np.arange(len(row)) == first)
+    size = np.bincount(row, weights=is_inside, minlength=len(wanted)).astype(np.int64)
+    edge = np.full(len(wanted), _NEVER, score.dtype)
+    edge[members > 0] = score[(starts + size - 1)[members > 0]]
+    is_equal = score == edge[row]
+    count = np.bincount(row, weights=is_equal & is_inside, minlength=len(wanted)).astype(np.int64)
+    return edge, count, np.bincount(row, weights=is_equal, minlength=len(wanted)) > count
+
+
+def _edge_by_radix(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> _Edge:
+    weights = torch.sub(scores, peak).exp_()
+    if floor is not None:
+        weights.masked_fill_(scores < floor, 0.0)
+    weights = weights.double()
+    # Above 0, so that the most likely token is wanted even by P = 0.
+    wanted = (mass.double() * weights.sum(-1)).clamp(min=torch.finfo(torch.float64).tiny)
+    edge, ahead = _radix_search(scores, weights, wanted)
+    equal = scores == edge
+    each = (edge - peak).exp().double()[:, 0].clamp(min=torch.finfo(torch.float64).tiny)
+    count = ((wanted - ahead) / each).ceil().clamp(min=1, max=scores.shape[-1]).long()
+    is_open = mass < 1
+    return edge.masked_fill(~is_open[:, None], _NEVER), count, (equal.sum(-1) > count) & is_open
+
+
+def _radix_search(
+    scores: torch.Tensor, weights: torch.Tensor | None, wanted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The largest score `[N, 1]` from which on a row's weights (1 each for `None`) reach `wanted` `[N]`, or the smallest
+    that there is, and the weight above it `[N]`, float64. The host waits for nothing.
+    """
+    bits, integer = (64, torch.int64) if scores.dtype == torch.float64 else (32, torch.int32)
+    # IEEE bits are in the order of their numbers, but for the negative ones, which go backwards.
+    key = (scores + 0.0).view(integer)
+    key = key ^ ((key >> (bits - 1)) & torch.iinfo(integer).max)
+    ahead = torch.zeros_like(wanted)
+    prefix = torch.zeros_like(key[:, :1])
+    of_prefix = torch.ones_like(key, dtype=torch.float64) if weights is None else weights
+    for shift in range(bits - 8, -1, -8):
+        # The first digit carries the sign.
+        digit = ((key >> shift) + 128 if shift == bits - 8 else key >> shift) & 255
+        held = wanted.new_zeros(len(wanted), 256).scatter_add_(1, digit.long(), of_prefix)
+        from_here = ahead[:, None] + held.flip(-1).cumsum(-1).flip(-1)
+        smallest = (held > 0).byte().argmax(-1, keepdim=True)
+        chosen = ((from_here >= wanted[:, None]).sum(-1, keepdim=True) - 1).maximum(smallest)
+        ahead = (from_here - held).gather(-1, chosen)[:, 0]
+        of_prefix = of_prefix * (digit == chosen)
+        digit_value = (chosen - 128 if shift == bits - 8 else chosen).to(integer)
+        prefix = prefix | (digit_value << shift)
+    prefix = prefix ^ ((prefix >> (bits - 1)) & torch.iinfo(integer).max)
+    return prefix.view(scores.dtype), ahead
