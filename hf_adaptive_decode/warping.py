@@ -150,7 +150,7 @@ def _drop_below(scores: torch.Tensor, floor: torch.Tensor) -> None:
 
 
 def _drop_ties(scores: torch.Tensor, edge: torch.Tensor, count: torch.Tensor, more: torch.Tensor) -> None:
-    """Where there are `more` `[N]`, keeps the last `count` `[N]` of the tokens equal to `edge` `[N, 1]`: a sort's order."""
+    """Where there are `more` `[N]`, keeps the last `count` `[N]` of the tokens equal to `edge` `[N, 1]`, as a sort."""
     if scores.device.type == HOST:
         rows = more.nonzero().squeeze(-1)
         if len(rows):

@@ -42,6 +42,35 @@ class ScaledRows:
 
 
 @dataclass(frozen=True)
+class FoundTokens:
+    """The tokens to be ranked, row by row in the order of their ids, and what the rest of each row comes to."""
+
+    index: torch.Tensor  # long [n], into the flattened [R, V]
+    row: torch.Tensor  # long [n]
+    value: torch.Tensor  # v, float32 [n]
+    place: torch.Tensor  # the target's place among its row's tokens, the number of these if it is not one, long [R]
+    log_normaliser: torch.Tensor  # float64 [R], as in `ScaledRows`
+    mean: torch.Tensor
+    # Of those not found, float64 [R]: sums of p and of p (v - vbar) over the ones ranked no lower than the target,
+    # where that is not found either, and the sum of p^2 over them all.
+    target_mass: torch.Tensor
+    target_drift: torch.Tensor
+    squares: torch.Tensor
+
+    @staticmethod
+    def join(parts: list[FoundTokens]) -> FoundTokens:
+        """Several blocks of rows as one; `index` loses its meaning."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])}
+        first = 0
+        for part, rows in zip(parts, columns["row"].split([len(part.row) for part in parts]), strict=True):
+            rows += first
+            first += len(part.place)
+        return FoundTokens(**columns)
+
+
+@dataclass(frozen=True)
 class RankedSums:
     """What eqs. 2 and 3 need of each row, float64 `[R]`; w is the running sum of `p (v - vbar)`."""
 
@@ -69,26 +98,34 @@ class RankedTokens:
     up_to_target: torch.Tensor  # bool: ranked no lower than the row's target; all True where that is in the tail
 
 
-def rank(
-    rows: ScaledRows, top_p: torch.Tensor, targets: torch.Tensor, alpha: float, keeps_tokens: bool = False
-) -> RankedSums:
-    """
-    Sorts the tokens above `TAIL_PROBABILITY` and sums along the ranks, for all rows at once; P is float64 `[R]`.
-
-    With `keeps_tokens` what was summed comes along, tied tokens in the order of their ids.
-    """
+def find_tokens(rows: ScaledRows, top_p: torch.Tensor, targets: torch.Tensor) -> FoundTokens:
+    """Reads the tokens above `TAIL_PROBABILITY` out of the rows, and sums over the others; P is float64 `[R]`."""
     # The largest token is always ranked. From P = 1 on c never exceeds P: nothing needs ranking.
     threshold = (math.log(TAIL_PROBABILITY) + rows.log_normaliser).clamp(max=0.0).float()
     threshold = threshold.where(top_p < 1.0, torch.inf)
     place, found, row, value = _tokens_above(rows, threshold, targets)
-    order, row, value = _sort_within_rows(row, value, keeps_tokens)
-    counts = torch.bincount(row, minlength=threshold.numel())
+    ranked = place < torch.bincount(row, minlength=threshold.numel())
+    target_mass, target_drift = _tail_targets(rows, targets, (top_p < 1.0) & ~ranked)
+    # The tokens found are 0 in `probs` by now, and nothing reads it any more.
+    squares = rows.probs.square_().sum(dim=1).double() / rows.total.square()
+    return FoundTokens(found, row, value, place, rows.log_normaliser, rows.mean, target_mass, target_drift, squares)
+
+
+def rank(found: FoundTokens, top_p: torch.Tensor, alpha: float, keeps_tokens: bool = False) -> RankedSums:
+    """
+    Sorts the tokens found and sums along the ranks, for all rows at once; P is float64 `[R]`.
+
+    With `keeps_tokens` what was summed comes along, tied tokens in the order of their ids.
+    """
+    place = found.place
+    order, row, value = _sort_within_rows(found.row, found.value, keeps_tokens)
+    counts = torch.bincount(row, minlength=place.numel())
     ends = counts.cumsum(0)
     starts = ends - counts
 
     centred = value.double()
-    probs = torch.exp(centred - rows.log_normaliser.index_select(0, row))
-    drifts = centred.sub_(rows.mean.index_select(0, row)).mul_(probs)
+    probs = torch.exp(centred - found.log_normaliser.index_select(0, row))
+    drifts = centred.sub_(found.mean.index_select(0, row)).mul_(probs)
     mass = _running_sum(probs, row, starts).clamp_(max=1.0)
     drift = _running_sum(drifts, row, starts)
     excess = (mass - top_p.index_select(0, row)).clamp_(min=0.0)
@@ -97,13 +134,9 @@ def rank(
     mass_at_end, drift_at_end = _last(mass, ends, counts), _last(drift, ends, counts)
 
     ranked = place < counts
-    target_mass, target_drift = _tail_targets(rows, targets, (top_p < 1.0) & ~ranked)
-    target_mass += mass_at_end
-    target_drift += drift_at_end
+    target_mass, target_drift = found.target_mass + mass_at_end, found.target_drift + drift_at_end
     at_target = (starts + place)[ranked]
     target_mass[ranked], target_drift[ranked] = mass[at_target], drift[at_target]
-    # The ranked tokens are 0 in `probs` by now, and nothing reads it any more.
-    squares = rows.probs.square_().sum(dim=1).double() / rows.total.square()
     plain = probs.clone() if keeps_tokens else probs
     masked = probs.mul_(mask)
     cut = masked * beyond
@@ -112,7 +145,7 @@ def rank(
     if keeps_tokens:
         cut_after = cut_mass.index_select(0, row) - _running_sum(cut, row, starts) + cut
         up_to_target = torch.arange(row.numel(), device=row.device) - starts[row] <= place[row]
-        tokens = RankedTokens(found[order], row, plain, mask, cut_after, up_to_target)
+        tokens = RankedTokens(found.index[order], row, plain, mask, cut_after, up_to_target)
     return RankedSums(
         mass=mass_at_end,
         drift=drift_at_end,
@@ -122,7 +155,7 @@ def rank(
         cut_drift=_row_sums(cut.mul_(drift), counts),
         target_mass=target_mass,
         target_drift=target_drift,
-        tail_step=squares / (1.0 - mass_at_end).clamp(min=1e-12),
+        tail_step=found.squares / (1.0 - mass_at_end).clamp(min=1e-12),
         tokens=tokens,
     )
 

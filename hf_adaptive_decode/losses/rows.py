@@ -23,7 +23,7 @@ import torch
 
 from .config import EPSILON
 from .logit_gradient import cut_logit_gradient, plain_logit_gradient
-from .ranking import ScaledRows, rank, tail_sums
+from .ranking import FoundTokens, ScaledRows, find_tokens, rank, tail_sums
 
 # 2 * sigmoid(-27) is 4e-12. Below this 1 / T**2 leaves float32's range and no derivative means anything.
 SMALLEST_TEMPERATURE = 1e-12
@@ -35,6 +35,8 @@ _MASKED_LOGIT = -1e30
 # over a block several times cheaper than passes over memory. A GPU prefers fewer, longer kernels.
 _BLOCK_ELEMENTS_CPU = 1 << 20
 _BLOCK_ELEMENTS_GPU = 1 << 26
+# Tokens ranked at once, of as many blocks as they come from: each of the many small steps then has enough to do.
+_RANKED_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,20 @@ def soft_top_p_nll(
     buffers = torch.empty(3, size, vocab, device=device)
     gradient = None if plain_share is None else torch.empty(rows, vocab, device=device)
     parts: list[torch.Tensor] = []
+    pending: list[_RowSums] = []
     for start in range(0, rows, max(size, 1)):
         part = slice(start, min(start + size, rows))
         block, base = _vocabulary_passes(
             logits[part], scale[part], targets[part], buffers[:, : part.stop - start], base_log_prob, names[part]
         )
-        wanted = None
+        pending.append(_RowSums.of(block, base, scale[part], None if cut is None else cut[part], targets[part]))
         if gradient is not None and plain_share is not None:
-            wanted = _Wanted(gradient[part], plain_share[part].double())
-        of_block = None if cut is None else cut[part]
-        parts.append(_combine(block, base, scale[part], of_block, targets[part], alpha, wanted))
+            # It needs the block, which is overwritten by the next.
+            wanted = _Wanted(gradient[part], plain_share[part].double(), block, targets[part])
+            parts.append(_combine(pending.pop(), alpha, wanted))
+        elif part.stop == rows or sum(sums.n_tokens for sums in pending) > _RANKED_TOKENS:
+            parts.append(_combine(_RowSums.join(pending), alpha))
+            pending = []
     table = torch.cat(parts, dim=1) if parts else torch.empty(6, 0, device=device)
     loss, d_temperature, d_top_p, scaled, scaled_d_temperature, base_log_probs = table.unbind(0)
     return RowDerivatives(loss, d_temperature, d_top_p, scaled, scaled_d_temperature, base_log_probs, gradient)
@@ -189,30 +195,75 @@ def _check_targets(target_shifted: torch.Tensor, targets: torch.Tensor, names: t
 
 
 @dataclass(frozen=True)
+class _RowSums:
+    """What is left of rows when the vocabulary has been read; float64 `[R]` each, and the tokens to be ranked."""
+
+    temperature: torch.Tensor
+    log_normaliser: torch.Tensor
+    mean: torch.Tensor
+    target_scaled: torch.Tensor
+    base_log_prob: torch.Tensor
+    top_p: torch.Tensor | None
+    found: FoundTokens | None
+
+    @classmethod
+    def of(
+        cls,
+        rows: ScaledRows,
+        base_log_prob: torch.Tensor,
+        temperature: torch.Tensor,
+        top_p: torch.Tensor | None,
+        targets: torch.Tensor,
+    ) -> _RowSums:
+        cut = None if top_p is None else top_p.double()
+        found = None if cut is None else find_tokens(rows, cut, targets)
+        own = rows.target_scaled.double()
+        return cls(temperature.double(), rows.log_normaliser, rows.mean, own, base_log_prob, cut, found)
+
+    @property
+    def n_tokens(self) -> int:
+        return 0 if self.found is None else len(self.found.row)
+
+    @staticmethod
+    def join(parts: list[_RowSums]) -> _RowSums:
+        """Several blocks as one."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def column(name: str) -> torch.Tensor:
+            return torch.cat([vars(part)[name] for part in parts])
+
+        found = [part.found for part in parts if part.found is not None]
+        return _RowSums(
+            temperature=column("temperature"),
+            log_normaliser=column("log_normaliser"),
+            mean=column("mean"),
+            target_scaled=column("target_scaled"),
+            base_log_prob=column("base_log_prob"),
+            top_p=column("top_p") if found else None,
+            found=FoundTokens.join(found) if found else None,
+        )
+
+
+@dataclass(frozen=True)
 class _Wanted:
-    """Where a block's derivative with respect to its logits goes, float32 `[R, V]`, and u, float64 `[R]`."""
+    """Where a block's derivative with respect to its logits goes, float32 `[R, V]`, u, float64 `[R]`, and the block."""
 
     out: torch.Tensor
     plain_share: torch.Tensor
+    rows: ScaledRows
+    targets: torch.Tensor
 
 
-def _combine(
-    rows: ScaledRows,
-    base_log_prob: torch.Tensor,
-    temperature: torch.Tensor,
-    top_p: torch.Tensor | None,
-    targets: torch.Tensor,
-    alpha: float,
-    wanted: _Wanted | None,
-) -> torch.Tensor:
+def _combine(sums: _RowSums, alpha: float, wanted: _Wanted | None = None) -> torch.Tensor:
     """The table in the module's docstring: six fields of [`RowDerivatives`] as float32 `[6, R]`; fills `wanted`."""
-    inverse = 1.0 / temperature.double().clamp_min(SMALLEST_TEMPERATURE)
-    scaled_log_prob = rows.target_scaled.double() - rows.log_normaliser
-    pull = rows.target_scaled.double() - rows.mean  # T d(-log p_y) / dT
+    inverse = 1.0 / sums.temperature.clamp_min(SMALLEST_TEMPERATURE)
+    scaled_log_prob = sums.target_scaled - sums.log_normaliser
+    pull = sums.target_scaled - sums.mean  # T d(-log p_y) / dT
     loss, d_temperature, d_top_p = -scaled_log_prob, pull, torch.zeros_like(pull)
-    if top_p is not None:
-        cut = top_p.double()
-        ranked = rank(rows, cut, targets, alpha, keeps_tokens=wanted is not None)
+    if sums.top_p is not None and sums.found is not None:
+        cut = sums.top_p
+        ranked = rank(sums.found, cut, alpha, keeps_tokens=wanted is not None)
         uncut_tail, cut_tail = tail_sums(ranked, cut, alpha)
         normaliser = ranked.masked_mass + uncut_tail + cut_tail + EPSILON
         # The tail's integral ends at c = 1 whatever T is, so only its lower end r moves it: -m(r) dr/dT.
@@ -225,9 +276,10 @@ def _combine(
         d_top_p = alpha * ((ranked.cut_mass + cut_tail) / normaliser - active)
         if wanted is not None:
             cut_logit_gradient(
-                wanted.out, rows, targets, inverse, wanted.plain_share, ranked, normaliser, cut_tail, cut, alpha
-            )
+                wanted.out, wanted.rows, wanted.targets, inverse, wanted.plain_share, ranked, normaliser, cut_tail, cut,
+                alpha,
+            )  # fmt: skip
     elif wanted is not None:
-        plain_logit_gradient(wanted.out, rows, targets, (1.0 + wanted.plain_share) * inverse)
-    fields = (loss, d_temperature * inverse, d_top_p, scaled_log_prob, pull * inverse, base_log_prob)
+        plain_logit_gradient(wanted.out, wanted.rows, wanted.targets, (1.0 + wanted.plain_share) * inverse)
+    fields = (loss, d_temperature * inverse, d_top_p, scaled_log_prob, pull * inverse, sums.base_log_prob)
     return torch.stack(fields).float()
