@@ -13,10 +13,17 @@ import torch
 from .errors import LogitsError
 from .types import SamplingParameters
 
+Step = int | torch.Tensor
 
-def check_scores(scores: torch.Tensor, step: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+
+def check_scores(scores: torch.Tensor, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
     """
     The largest score `[N]` of each row of `[N, V]`, once it is known to be finite.
+
+    Args:
+        scores (`torch.Tensor` of shape `[N, V]`): What a model gave.
+        step (`int`, or `torch.Tensor` of shape `[N]`): Which step this is, of all rows or of each.
+        rows (`torch.Tensor` of shape `[N]`, *optional*): What the rows are called, -1 for those that do not matter.
 
     Raises:
         [`LogitsError`]: If a row holds NaN or +inf, or nothing above -inf; names the step and the row.
@@ -27,7 +34,7 @@ def check_scores(scores: torch.Tensor, step: int, rows: torch.Tensor | None = No
     return maxima
 
 
-def check_parameters(parameters: SamplingParameters, step: int, rows: torch.Tensor | None = None) -> None:
+def check_parameters(parameters: SamplingParameters, step: Step, rows: torch.Tensor | None = None) -> None:
     """Raises [`LogitsError`] with the step and the row if a policy gave a temperature or top-p that is not finite."""
     for name, values in _per_row(parameters):
         _raise_for_parameter(name, values, step, rows)
@@ -109,29 +116,30 @@ def _per_row(parameters: SamplingParameters) -> list[tuple[str, torch.Tensor]]:
     return [(name, values) for name, values in named if isinstance(values, torch.Tensor)]
 
 
-def _raise_for_scores(maxima: torch.Tensor, step: int, rows: torch.Tensor | None) -> None:
+def _raise_for_scores(maxima: torch.Tensor, step: Step, rows: torch.Tensor | None) -> None:
     row = _first_bad(maxima, rows)
     if row is None:
         return
     value = maxima[row].item()
     found = "NaN" if math.isnan(value) else "+inf" if value > 0 else "no token above -inf"
     raise LogitsError(
-        f"step {step}, row {_name(row, rows)}: the model's scores hold {found}. Check the model's dtype and weights, "
+        f"{_place(row, step, rows)}: the model's scores hold {found}. Check the model's dtype and weights, "
         "and that its constraints leave at least one token."
     )
 
 
-def _raise_for_parameter(name: str, values: torch.Tensor, step: int, rows: torch.Tensor | None) -> None:
+def _raise_for_parameter(name: str, values: torch.Tensor, step: Step, rows: torch.Tensor | None) -> None:
     row = _first_bad(values, rows)
     if row is not None:
         raise LogitsError(
-            f"step {step}, row {_name(row, rows)}: the policy gave {values[row].item()} as {name}. Its weights, or the "
+            f"{_place(row, step, rows)}: the policy gave {values[row].item()} as {name}. Its weights, or the "
             "hidden states of this base model, are out of range; load the adapter on the base it was trained on."
         )
 
 
-def _name(row: int, rows: torch.Tensor | None) -> int:
-    return row if rows is None else int(rows[row])
+def _place(row: int, step: Step, rows: torch.Tensor | None) -> str:
+    at = int(step[row]) if isinstance(step, torch.Tensor) else step
+    return f"step {at}, row {row if rows is None else int(rows[row])}"
 
 
 def _first_bad(values: torch.Tensor, rows: torch.Tensor | None) -> int | None:

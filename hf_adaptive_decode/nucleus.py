@@ -16,8 +16,8 @@ _SMALL_VOCABULARY = 1024
 # Groups in which tokens are looked at for the k largest; each of these lies in one of the k groups of largest maxima.
 _GROUP = 16
 _BUCKETS = 2048
-# Where more than this part of a row could hold the edge, every 64th token says where to look.
-_MANY, _STRIDE, _MARGIN = 1 / 16, 64, 0.02
+# Where more than this part of the tokens, and more than so many, could be the edge, every 64th says where to look.
+_MANY_PART, _MANY, _STRIDE, _MARGIN = 1 / 16, 1 << 14, 64, 0.02
 _NEVER = -float("inf")
 # The device whose values can be read without waiting for it.
 HOST = "cpu"
@@ -106,7 +106,7 @@ def _edge_by_buckets(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tenso
     low = np.where(is_open, (1 - part) * total / vocabulary * 0.999, np.inf).astype(weight.dtype)
     high, ahead = np.full_like(low, np.inf), np.zeros(rows)
     is_candidate = weight >= low[:, None]
-    if np.count_nonzero(is_candidate) > _MANY * is_candidate.size:
+    if np.count_nonzero(is_candidate) > max(_MANY, _MANY_PART * is_candidate.size):
         low, high, ahead = _bracket(weights, part, total, low)
         is_candidate = (weight >= low[:, None]) & (weight < high[:, None])
     found = np.flatnonzero(is_candidate)

@@ -43,7 +43,7 @@ def row_key(*parts: str | SupportsIndex) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def row_uniforms(keys: torch.Tensor, step: int, stream: int) -> torch.Tensor:
+def row_uniforms(keys: torch.Tensor, step: int | torch.Tensor, stream: int) -> torch.Tensor:
     """
     One number of [0, 1) for each row: a hash of its key, the step and the stream.
 
@@ -52,12 +52,12 @@ def row_uniforms(keys: torch.Tensor, step: int, stream: int) -> torch.Tensor:
 
     Args:
         keys (`torch.Tensor` of shape `[N]`, `torch.long`): Keys of the rows, from [`row_key`].
-        step (`int`): Which token of the row.
+        step (`int`, or `torch.Tensor` of shape `[N]` or `[..., N]`, `torch.long`): Which token of the row.
         stream (`int`): Which of several numbers of the same step.
 
     Returns:
-        `torch.Tensor` of shape `[N]`, `torch.float64`, multiples of `2**-53`.
+        `torch.Tensor` of shape `[N]`, or of `step`'s, `torch.float64`, multiples of `2**-53`.
     """
-    counter = torch.tensor([step * 16 + stream + 1], dtype=torch.long, device=keys.device) * GOLDEN
+    counter = (torch.as_tensor(step, dtype=torch.long, device=keys.device) * 16 + (stream + 1)) * GOLDEN
     bits = mix(mix(keys * GOLDEN) + counter)
     return shift_right(bits, 11).to(torch.float64) * 2.0**-53

@@ -25,12 +25,12 @@ from hf_adaptive_decode import (
     AutoDecoTrainingArguments,
     DecodeState,
 )
+from hf_adaptive_decode.checks import check_parameters
 from hf_adaptive_decode.engines.transformers import complete
 from hf_adaptive_decode.errors import AdaptiveDecodeError, LogitsError
 from hf_adaptive_decode.evaluation.control_table import control_table, measure_control
 from hf_adaptive_decode.losses.control import RankingLossConfig, RowMeans, mean_predictions, ranking_loss
 from hf_adaptive_decode.policies import build_policy
-from hf_adaptive_decode.sampler import check_parameters
 from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer
 from hf_adaptive_decode.testbed.commands import (
     COMMANDS,

@@ -18,7 +18,7 @@ from ..policies import DecodingPolicy, build_policy
 from ..randomness import row_key
 from ..types import Budget
 from .base import Completion
-from .rollout import Decoded, Rows, decode
+from .rollout import Decoded, Rows, decode_finished
 
 Prompt = str | list[dict[str, str]]
 
@@ -55,7 +55,7 @@ def complete(
         policy ([`DecodingPolicy`], *optional*): Decides instead of the model's adapter. With neither `settings` nor
             `policy` the adapter decides, and on a base model plain sampling.
         seed (`int`): Seeds the draws; the same arguments give the same completions on CPU.
-        batch_rows (`int`): Sequences decoded at once.
+        batch_rows (`int`): Most sequences decoded at once.
         description (`str`, *optional*): Shows a progress bar under this name.
 
     Raises:
@@ -66,16 +66,15 @@ def complete(
     _budgets(token_budget, samples, len(prompts))  # before as many rows are listed
     greedy = is_greedy(settings) and policy is None
     wanted = [(index, sample) for index in range(len(prompts)) for sample in range(1 if greedy else samples)]
-    found: list[list[Completion]] = [[] for _ in prompts]
+    found: dict[tuple[int, int], Completion] = {}
     how: dict[str, Any] = {"token_budget": token_budget, "settings": settings, "policy": policy, "seed": seed}
     how["parallel_budget"] = samples if parallel_budget is None else parallel_budget
     bar = tqdm(total=len(wanted), desc=description, unit="row", disable=description is None, leave=False)
     with bar:
         for batch in complete_batches(model, tokenizer, prompts, wanted, batch_rows=batch_rows, **how):
-            for index, _, completion in batch:
-                found[index].append(completion)
+            found |= {(index, sample): completion for index, sample, completion in batch}
             bar.update(len(batch))
-    return [group * samples for group in found] if greedy else found
+    return [[found[index, 0 if greedy else sample] for sample in range(samples)] for index in range(len(prompts))]
 
 
 def is_greedy(settings: Mapping[str, float] | None) -> bool:
@@ -97,7 +96,7 @@ def complete_batches(
     batch_rows: int = 256,
 ) -> Iterator[list[tuple[int, int, Completion]]]:
     """
-    Some completions of some prompts, a batch at a time, for callers that keep what is finished.
+    Some completions of some prompts, for callers that keep what is finished. As rows end, others take their places.
 
     Args:
         model, tokenizer, prompts, token_budget, settings, policy, seed, batch_rows: As [`complete`] takes them.
@@ -105,19 +104,22 @@ def complete_batches(
         parallel_budget (`int`): Parallel budget B that the policy is told.
 
     Yields:
-        `(prompt, sample, completion)` of each row of a batch; prompts of like length come together.
+        `(prompt, sample, completion)` of each of the rows that have ended since the last; each row comes once, and
+        prompts of like length begin together.
     """
     budgets, told = _budgets(token_budget, parallel_budget, len(prompts))
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     policy = _policy(model, settings) if policy is None else policy.to(model.device)
+    if not wanted:
+        return
     # Prompts of like length go together, so that little is padded.
     flat = sorted(wanted, key=lambda name: (len(encoded[name[0]]), name))
+    rows = _rows(flat, encoded, budgets, told, seed)
+    how: dict[str, Any] = {**special_tokens(model, tokenizer), "records": "parameters", "batch_rows": batch_rows}
     with _evaluating(policy):
-        for batch in (flat[start : start + batch_rows] for start in range(0, len(flat), batch_rows)):
-            rows = _rows(batch, encoded, budgets, told, seed)
-            decoded = decode(model, policy, rows, **special_tokens(model, tokenizer), records="parameters")
+        for at, decoded in decode_finished(model, policy, rows, **how):
             completions = as_completions(decoded, tokenizer)
-            yield [(*name, completion) for name, completion in zip(batch, completions, strict=True)]
+            yield [(*flat[row], completion) for row, completion in zip(at.tolist(), completions, strict=True)]
 
 
 def _budgets(token_budget: Any, parallel: Any, prompts: int) -> tuple[tuple[int, ...], int]:

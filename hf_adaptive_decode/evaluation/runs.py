@@ -55,7 +55,7 @@ class CompletionStore:
         return self._runs[run]
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Keeps the completions of a batch."""
+        """Keeps completions that have ended."""
         for line in lines:
             self._runs[line["run"]][line["problem"], line["sample"]] = _without_text(line)
         self._write(lines)
@@ -75,8 +75,8 @@ class Sampled:
         tokens (`np.ndarray`, `int64`): Lengths.
         ended (`np.ndarray`, `bool`): Whether a completion ended by itself.
         temperature, top_p (`np.ndarray`, `float64`): Means over a completion's tokens of what it was sampled with.
-        seconds (`np.ndarray`, `float64`): Each completion's share of its batch's time; NaN where it was cut from a
-            longer one.
+        seconds (`np.ndarray`, `float64`): Each completion's share of the time that passed since others had ended: they
+            add up to all of it. NaN where it was cut from a longer one.
         answers (list of lists, *optional*): What each says, for voting.
     """
 
@@ -103,7 +103,7 @@ class Runs:
         seeds (sequence of `int`): Each draws `samples` of its own; they count together.
         token_budgets (sequence of `int`): New tokens. Decoders that know no budget are run at the longest and cut.
         store ([`CompletionStore`], *optional*): Keeps completions.
-        batch_rows (`int`): Sequences decoded at once.
+        batch_rows (`int`): Most sequences decoded at once.
         show_progress (`bool`): Whether to show progress bars.
     """
 
@@ -155,7 +155,7 @@ class Runs:
         return self._gather(parts, len(self.problems(split)), is_greedy(decoder.settings))
 
     def _fill(self, decoder: Decoder, split: str, runs: Mapping[int, str], seed: int, parallel: int) -> None:
-        """Samples what is missing of the runs, by budget, and scores it a batch at a time."""
+        """Samples what is missing of the runs, by budget, and scores it as it ends."""
         problems = self.problems(split)
         each = 1 if is_greedy(decoder.settings) else self.samples
         places = [(index, sample) for index in range(len(problems)) for sample in range(each)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -140,27 +140,19 @@ class RolloutMaker:
         self, policy: ActionPolicy, items: Sequence[Item], draws: Sequence[Draw], step: int
     ) -> tuple[list[Completion], Decisions | None]:
         encoded = [encode_prompt(self.tokenizer, draw.prompt, self.chat_template_kwargs) for draw in draws]
-        group = len(items) if self.batch_rows is None else max(1, self.batch_rows // self.samples)
-        completions: list[Completion] = []
-        parts: list[Decisions] = []
-        special = special_tokens(self.model, self.tokenizer)
         device = self.model.device
-        for start in range(0, len(items), group):
-            part = range(start, min(start + group, len(items)))
-            prompt = torch.arange(len(part), device=device).repeat_interleave(self.samples)
-            names = [(items[i]["index"], sample) for i in part for sample in range(self.samples)]
-            rows = Rows(
-                [encoded[i] for i in part],
-                prompt,
-                torch.tensor([draws[i].tokens for i in part], device=device)[prompt],
-                torch.tensor([draws[i].samples for i in part], device=device)[prompt],
-                torch.tensor([row_key(self.seed, step, *name) for name in names], device=device),
-            )
-            decoded = decode(self.model, policy, rows, **special, records="decisions")
-            if decoded.decisions is not None:
-                parts.append(replace(decoded.decisions, row=decoded.decisions.row + start * self.samples))
-            completions += as_completions(decoded, self.tokenizer)
-        return completions, Decisions.join(parts) if parts else None
+        prompt = torch.arange(len(items), device=device).repeat_interleave(self.samples)
+        names = [(item["index"], sample) for item in items for sample in range(self.samples)]
+        rows = Rows(
+            encoded,
+            prompt,
+            torch.tensor([draw.tokens for draw in draws], device=device)[prompt],
+            torch.tensor([draw.samples for draw in draws], device=device)[prompt],
+            torch.tensor([row_key(self.seed, step, *name) for name in names], device=device),
+        )
+        how: dict[str, Any] = {**special_tokens(self.model, self.tokenizer), "batch_rows": self.batch_rows}
+        decoded = decode(self.model, policy, rows, records="decisions", **how)
+        return as_completions(decoded, self.tokenizer), decoded.decisions
 
 
 def score_groups(
