@@ -51,6 +51,10 @@ class PushError(AdaptiveDecodeError):
         self.folder, self.repo_id = folder, repo_id
 
 
+class EpochCacheSpaceError(AdaptiveDecodeError, OSError):
+    """The disk has no room for what training was to keep between epochs; the message says how much is missing where."""
+
+
 class MissingExtraError(AdaptiveDecodeError, ImportError):
     """An optional dependency is not installed; the message holds the install command."""
 

@@ -464,6 +464,7 @@ SET = [
     ("control_top_p_margin=0.05", "control_top_p_margin", 0.05),
     ("dataset_num_proc=none", "dataset_num_proc", None),
     ("label_names=[\"a\", \"b\"]", "label_names", ["a", "b"]),
+    ("epoch_cache=distribution", "epoch_cache", "distribution"),
     ("logging_steps=7", "logging_steps", 7),
     ("run_name=a=b", "run_name", "a=b"),
 ]  # fmt: skip

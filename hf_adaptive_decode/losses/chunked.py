@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .config import IGNORE_INDEX, DecodingLossConfig
+from .kinds import LOSS_TYPES, PositionLoss, loss_type_of
 from .masking import is_easy_token
 from .rows import RowDerivatives, soft_top_p_nll
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 Predict = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor | None, torch.Tensor | None]]
+Observe = Callable[[torch.Tensor, torch.Tensor], None]
 
 # float32 bytes of one chunk's logits: some 200 positions, from where on the projection no longer gets faster.
 CHUNK_BYTES = 128 * 2**20
@@ -42,35 +44,6 @@ class DecodingLossOutput:
     # over the n_kept positions, unweighted: -log softmax(l / T)_y, and -log p~_y of eq. 3
     temperature_loss_sum: torch.Tensor
     top_p_loss_sum: torch.Tensor
-
-
-@dataclass(frozen=True)
-class PositionLoss:
-    """A chunk's losses and their derivatives, each float32 `[C]`."""
-
-    value: torch.Tensor
-    d_temperature: torch.Tensor
-    d_top_p: torch.Tensor
-
-
-def _end_to_end(rows: RowDerivatives, moves_temperature: torch.Tensor, _config: DecodingLossConfig) -> PositionLoss:
-    """`-log p~_y`, whose gradient to T is dropped where `moves_temperature` is False."""
-    return PositionLoss(rows.loss, rows.d_temperature.where(moves_temperature, 0.0), rows.d_top_p)
-
-
-def _two_loss(rows: RowDerivatives, moves_temperature: torch.Tensor, config: DecodingLossConfig) -> PositionLoss:
-    """`-log softmax(l / T)_y - log p~_y`; the first term is dropped where `moves_temperature` is False."""
-    value = (-rows.scaled_log_prob).where(moves_temperature, 0.0) + rows.loss
-    d_temperature = rows.scaled_d_temperature.where(moves_temperature, 0.0)
-    if not config.detach_temperature:
-        d_temperature = d_temperature + rows.d_temperature
-    return PositionLoss(value, d_temperature, rows.d_top_p)
-
-
-LOSS_TYPES: dict[str, Callable[[RowDerivatives, torch.Tensor, DecodingLossConfig], PositionLoss]] = {
-    "end_to_end": _end_to_end,
-    "two_loss": _two_loss,
-}
 
 
 class _KnownDerivatives(torch.autograd.Function):
@@ -154,6 +127,7 @@ def chunked_decoding_loss(
     mask_uniform: torch.Tensor | None = None,
     num_items: int | torch.Tensor | None = None,
     chunk_size: int | None = None,
+    observe: Observe | None = None,
 ) -> DecodingLossOutput:
     r"""
     `sum_i w_i L_i / num_items` over the positions with a target, one chunk of positions in memory at a time.
@@ -177,6 +151,8 @@ def chunked_decoding_loss(
             What the sum is divided by: the valid targets of the whole optimiser step when gradients accumulate.
             Defaults to this call's valid targets.
         chunk_size (`int`, *optional*): Positions per chunk; by default as many as fit `CHUNK_BYTES` of float32 logits.
+        observe (`Callable`, *optional*):
+            `observe(logits [C, V], targets [C])`, called with every chunk in turn, dropped positions included.
 
     Returns:
         [`DecodingLossOutput`]. Without any position to learn from, `loss` is a 0 that still reaches the policy's
@@ -188,16 +164,23 @@ def chunked_decoding_loss(
     sums = LossSums(hidden.device)
     for positions, part, logits in projected_chunks(hidden, valid, project, chunk_size):
         chunk = read_chunk(part, logits, targets[positions], positions, predict, mask_uniform, config)
-        losses: torch.Tensor = _KnownDerivatives.apply(  # type: ignore[no-untyped-call]
-            chunk.weight * chunk.part.value,
-            chunk.temperature,
-            chunk.top_p,
-            chunk.weight * chunk.part.d_temperature,
-            chunk.weight * chunk.part.d_top_p,
-        )
-        sums.add(losses, chunk)
+        if observe is not None:
+            observe(logits, targets[positions])
+        sums.add(with_derivatives(chunk), chunk)
     divisor = max(valid.numel(), 1) if num_items is None else num_items
     return sums.output(sums.loss / divisor, valid.numel())
+
+
+def with_derivatives(chunk: Chunk) -> torch.Tensor:
+    """`w_i L_i` `[C]`, which moves with the policy's predictions."""
+    losses: torch.Tensor = _KnownDerivatives.apply(  # type: ignore[no-untyped-call]
+        chunk.weight * chunk.part.value,
+        chunk.temperature,
+        chunk.top_p,
+        chunk.weight * chunk.part.d_temperature,
+        chunk.weight * chunk.part.d_top_p,
+    )
+    return losses
 
 
 def check_inputs(
@@ -277,9 +260,8 @@ def read_chunk(
         logits, target, positions, drawn, part = logits[kept], target[kept], positions[kept], drawn[kept], part[kept]
 
     temperature, top_p = predict(part, logits.detach())
-    _check_prediction("temperature", temperature, target)
-    _check_prediction("top_p", top_p, target)
-    loss_type = "end_to_end" if temperature is None or top_p is None else config.loss_type
+    check_predictions(temperature, top_p, target)
+    loss_type = loss_type_of(temperature, top_p, config)
     # What of the loss is the plain cross entropy of softmax(l / T), whose derivative the logits need besides.
     plain_share = (~drawn if loss_type == "two_loss" else torch.zeros_like(drawn)) if moves_logits else None
     rows = soft_top_p_nll(
@@ -292,13 +274,26 @@ def read_chunk(
         positions=positions,
         plain_share=plain_share,
     )
-    found = LOSS_TYPES[loss_type](rows, ~drawn, config)
+    found = weighed(rows, drawn, temperature, top_p, n_easy_dropped, config)
+    return replace(found, logits=logits) if moves_logits else found
+
+
+def weighed(
+    rows: RowDerivatives,
+    drawn: torch.Tensor,
+    temperature: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    n_easy_dropped: int,
+    config: DecodingLossConfig,
+) -> Chunk:
+    """What the loss makes of rows; those `drawn` `[C]` do not move the temperature."""
+    found = LOSS_TYPES[loss_type_of(temperature, top_p, config)](rows, ~drawn, config)
     weight = torch.ones_like(found.value)
     if config.dft_weight == "base":
         weight = rows.base_log_prob.exp()
     elif config.dft_weight == "scaled":
         weight = rows.scaled_log_prob.exp()
-    return Chunk(logits if moves_logits else None, temperature, top_p, rows, found, weight, n_easy_dropped)
+    return Chunk(None, temperature, top_p, rows, found, weight, n_easy_dropped)
 
 
 def _drawn_easy(logits: torch.Tensor, target: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
@@ -319,6 +314,8 @@ def _check_vocabulary(target: torch.Tensor, positions: torch.Tensor, vocab: int)
         )
 
 
-def _check_prediction(name: str, predicted: torch.Tensor | None, target: torch.Tensor) -> None:
-    if predicted is not None and predicted.shape != target.shape:
-        raise ValueError(f"predict must return {name} as {tuple(target.shape)}. Got {tuple(predicted.shape)}.")
+def check_predictions(temperature: torch.Tensor | None, top_p: torch.Tensor | None, target: torch.Tensor) -> None:
+    """Raises `ValueError` where a prediction is not `[C]`."""
+    for name, predicted in (("temperature", temperature), ("top_p", top_p)):
+        if predicted is not None and predicted.shape != target.shape:
+            raise ValueError(f"predict must return {name} as {tuple(target.shape)}. Got {tuple(predicted.shape)}.")

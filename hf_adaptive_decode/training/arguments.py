@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from ..losses import DecodingLossConfig
 from ..losses.control import RankingLossConfig
 from .control import CommandSet
+from .epoch_cache_options import check_epoch_cache
 
 # AutoDeco, section 6: AdamW at 5e-6, batches of 32 sequences of up to 16,384 tokens, 400 steps.
 _PAPER = {
@@ -64,6 +65,14 @@ class AutoDecoTrainingArguments(TrainingArguments):
         control_commands ([`CommandSet`], `dict` or `str`, *optional*):
             Commands to make `low_prompt` and `high_prompt` with, where the data has none of its own:
             `{"low": [...], "high": [...]}`, or `"diversity"` for the library's. Drawn by `seed`.
+        epoch_cache (`str`, *optional*):
+            What the first epoch keeps on disk for the later ones and for repeated evaluations, so that the base need
+            not run again: `"distribution"` the hidden state of each position with a target and a sketch of its logits,
+            from which the loss follows to 1e-5 on average; `"hidden"` the hidden states alone, for the exact loss at
+            the price of the output layer. `None`: nothing. The size is logged and reserved before training.
+        epoch_cache_dir (`str`, *optional*):
+            Where to keep it; defaults to `epoch_cache` in `output_dir`. What another run on the same data and base left
+            there is used.
         chat_template_kwargs (`dict`, *optional*):
             Passed to the chat template of conversational data.
         dataset_num_proc (`int`, *optional*):
@@ -87,6 +96,8 @@ class AutoDecoTrainingArguments(TrainingArguments):
     control_commands: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Commands as JSON with the keys low and high, or diversity."}
     )
+    epoch_cache: str | None = field(default=None, metadata={"help": "distribution or hidden, kept between epochs."})
+    epoch_cache_dir: str | None = field(default=None, metadata={"help": "Where; output_dir/epoch_cache by default."})
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Passed to the chat template."}
     )
@@ -107,6 +118,7 @@ class AutoDecoTrainingArguments(TrainingArguments):
             )
         self.loss_config()  # raises for a bad loss option now, not at the first step
         self.ranking_config()
+        check_epoch_cache(self)
         if self.control_commands is not None:
             if self.control_loss_weight == 0:
                 raise ValueError(

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import AdaptiveDecodeError, MissingExtraError
 from ..losses import IGNORE_INDEX
 from .control import DIRECTIONS, CommandSet, with_commands
+from .epoch_cache_options import ROW_COLUMN
 
 Example = dict[str, Any]
 _COMMANDS = tuple(f"{name}_{what}" for name in DIRECTIONS for what in ("prompt", "prompt_ids"))
@@ -277,7 +278,7 @@ class DecodingDataCollator:
 
     Examples with `low_prompt_ids` and `high_prompt_ids` also give `low_input_ids`, `low_labels` and
     `low_attention_mask`, and the same for `high`: the example's completion behind another prompt. A row without that
-    prompt is all padding there.
+    prompt is all padding there. A `cache_row`, a row's number, is passed on: `[B]`.
 
     Args:
         pad_token_id (`int`): Fills `input_ids`; masked out, so any id of the vocabulary serves.
@@ -289,6 +290,8 @@ class DecodingDataCollator:
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """List of examples → `torch.long` tensors of shape `[B, L]`."""
         batch = self._padded(examples)
+        if ROW_COLUMN in examples[0]:
+            batch[ROW_COLUMN] = torch.tensor([example[ROW_COLUMN] for example in examples])
         for name in DIRECTIONS:
             if f"{name}_prompt_ids" in examples[0]:
                 version = self._padded([_version(example, f"{name}_prompt_ids") for example in examples])

@@ -27,6 +27,8 @@ from .arguments import AutoDecoTrainingArguments
 from .checkpoints import AdapterTrainer
 from .control import CommandSet, ControlOutput, control_loss, count_pairs, of_baseline
 from .data import DecodingDataCollator, column_names, commanded, has_commands, tokenized
+from .epoch_cache import CommitCallback, EpochCache, numbered
+from .epoch_cache_options import ROW_COLUMN, epoch_cache_folder
 
 _SUMS = ("temperature", "temperature_square", "top_p", "top_p_square", "temperature_loss", "top_p_loss")
 
@@ -51,6 +53,9 @@ class AutoDecoTrainer(AdapterTrainer):
             The tokenizer; loaded with the base's id when `None`.
         decoding_config ([`AutoDecoConfig`], *optional*): Settings of a fresh adapter.
         kwargs: As [`~transformers.Trainer`] takes them.
+
+    With `epoch_cache` the first epoch keeps on disk what it computed of the base, and the base does not run again for
+    rows that are kept; neither do evaluations that are repeated run it.
 
     Logged beside the loss: mean and spread of T and P, both cross entropies, and the fraction of positions kept.
 
@@ -88,6 +93,8 @@ class AutoDecoTrainer(AdapterTrainer):
             eval_dataset = {name: _prepared(part, processing_class, args, True) for name, part in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = _prepared(eval_dataset, processing_class, args, True)
+        if args.epoch_cache is not None:
+            train_dataset, eval_dataset = _numbered(train_dataset, eval_dataset)
         kwargs.setdefault("data_collator", DecodingDataCollator(processing_class.pad_token_id or 0))
         super().__init__(
             model=base,
@@ -103,6 +110,19 @@ class AutoDecoTrainer(AdapterTrainer):
         self._projection = Projection(base) if args.train_peft else FrozenProjection(base)
         self._pairs_of_step = 1
         self._sums: dict[str, dict[str, Any]] = {mode: defaultdict(float) for mode in ("train", "eval")}
+        self._cache = self._epoch_cache()
+
+    def _epoch_cache(self) -> EpochCache | None:
+        args = cast(AutoDecoTrainingArguments, self.args)
+        datasets = _named(self.train_dataset, self.eval_dataset)
+        if args.epoch_cache is None or not datasets:
+            return None
+        precision = str(self.accelerator.mixed_precision)
+        folder = epoch_cache_folder(args)
+        with self.accelerator.autocast():
+            cache = EpochCache(args.epoch_cache, folder, self.model, self._projection, datasets, precision)
+        self.add_callback(CommitCallback(cache))
+        return cache
 
     def objective(self) -> str:
         """What is learned on, in words for the card."""
@@ -138,49 +158,91 @@ class AutoDecoTrainer(AdapterTrainer):
         """
         args, mode = cast(AutoDecoTrainingArguments, self.args), "train" if model.training else "eval"
         ranking = args.ranking_config()
+        inputs = dict(inputs)
+        rows = self._numbers(inputs, model)
         # The output layer then runs in the precision of the rest of the model; the heads keep to fp32 by themselves.
         with self.accelerator.autocast():
-            hidden = self._projection.hidden_states(**of_baseline(inputs))
-            inputs = send_to_device(inputs, hidden.device)  # a model on several devices ends on another than it begins
-            output = self._decoding_loss(model, inputs, hidden, num_items_in_batch)
-            loss = output.loss
-            if ranking.weight > 0 and "low_labels" in inputs:
-                policy = cast(AutoDecoForCausalLM, model).decoding_adapter
-                pairs = None if num_items_in_batch is None else self._pairs_of_step
-                control = control_loss(policy, self._projection, inputs, hidden, ranking, pairs)
-                self._remember_control(control, mode)
-                loss = loss + ranking.weight * control.ranking.loss
+            if self._cache is not None and rows is not None and self._cache.has(rows):
+                output = self._kept_loss(model, inputs, rows, num_items_in_batch)
+                loss = output.loss
+            else:
+                hidden = self._projection.hidden_states(**of_baseline(inputs))
+                inputs = send_to_device(inputs, hidden.device)  # several devices: it ends on another than it begins
+                output = self._decoding_loss(model, inputs, hidden, rows, num_items_in_batch)
+                loss = output.loss
+                if ranking.weight > 0 and "low_labels" in inputs:
+                    policy = cast(AutoDecoForCausalLM, model).decoding_adapter
+                    pairs = None if num_items_in_batch is None else self._pairs_of_step
+                    control = control_loss(policy, self._projection, inputs, hidden, ranking, pairs)
+                    self._remember_control(control, mode)
+                    loss = loss + ranking.weight * control.ranking.loss
         self._remember(output, mode)
         loss = loss.to(self.args.device)
         return (loss, {}) if return_outputs else loss
+
+    def _numbers(self, inputs: dict[str, torch.Tensor], model: nn.Module) -> torch.Tensor | None:
+        """The batch's row numbers, taken out of it; `None` for data that was not there from the start."""
+        rows = inputs.pop(ROW_COLUMN, None)
+        if rows is None and self._cache is not None and model.training:
+            raise AdaptiveDecodeError(
+                f"`epoch_cache` is set and a batch has no `{ROW_COLUMN}`: pass that column of the examples on in your "
+                "`data_collator`, as an integer tensor [B], or set `epoch_cache=None`."
+            )
+        return rows
+
+    def _asked(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any, torch.Tensor | None]:
+        """What the loss takes beside positions: the policy as a function, the options, and the numbers of the draw."""
+        policy = cast(AutoDecoForCausalLM, model).decoding_adapter
+        args, uniform = cast(AutoDecoTrainingArguments, self.args), None
+        config = args.loss_config(training=model.training)
+        if config.easy_token_mask_ratio > 0:
+            # The step is part of the seed, so that another epoch drops other tokens.
+            seed = (args.seed << 32) + self.state.global_step
+            uniform = stable_mask_uniform(inputs["input_ids"], seed)[:, :-1].flatten()
+
+        def predict(part: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+            parameters = policy(DecodeState(part, logits if policy.needs_logits else None))
+            return parameters.temperature, parameters.top_p
+
+        return predict, config, uniform
 
     def _decoding_loss(
         self,
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         hidden: torch.Tensor,
+        rows: torch.Tensor | None,
         num_items: torch.Tensor | int | None,
     ) -> DecodingLossOutput:
-        policy = cast(AutoDecoForCausalLM, model).decoding_adapter
-        input_ids, labels = inputs["input_ids"], inputs["labels"]
-        hidden = hidden[:, :-1]
-        targets = labels[:, 1:]
-        uniform = None
-        args = cast(AutoDecoTrainingArguments, self.args)
-        config = args.loss_config(training=model.training)
-        if config.easy_token_mask_ratio > 0:
-            # The step is part of the seed, so that another epoch drops other tokens.
-            uniform = stable_mask_uniform(input_ids, (args.seed << 32) + self.state.global_step)[:, :-1].flatten()
-
-        def predict(part: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-            parameters = policy(DecodeState(part, logits if policy.needs_logits else None))
-            return parameters.temperature, parameters.top_p
-
-        given = (hidden.flatten(0, 1), targets.flatten(), predict, self._projection.logits)
-        if args.train_peft and torch.is_grad_enabled():
+        predict, config, uniform = self._asked(model, inputs)
+        hidden, targets = hidden[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+        given = (hidden, targets, predict, self._projection.logits)
+        if cast(AutoDecoTrainingArguments, self.args).train_peft and torch.is_grad_enabled():
+            policy = cast(AutoDecoForCausalLM, model).decoding_adapter
             learning = [p for p in (*policy.parameters(), *self._projection.parameters()) if p.requires_grad]
             return joint_decoding_loss(*given, learning, config, mask_uniform=uniform, num_items=num_items)
-        return chunked_decoding_loss(*given, config, mask_uniform=uniform, num_items=num_items)
+        if self._cache is None or rows is None:
+            return chunked_decoding_loss(*given, config, mask_uniform=uniform, num_items=num_items)
+        seen = self._cache.recorder()
+        output = chunked_decoding_loss(*given, config, mask_uniform=uniform, num_items=num_items, observe=seen)
+        self._cache.keep(rows, hidden[targets != IGNORE_INDEX], seen)
+        return output
+
+    def _kept_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        rows: torch.Tensor,
+        num_items: torch.Tensor | int | None,
+    ) -> DecodingLossOutput:
+        """[`~_decoding_loss`] of a batch that the cache has, without its base."""
+        cache = cast(EpochCache, self._cache)
+        inputs = send_to_device(inputs, cache.device)
+        predict, config, uniform = self._asked(model, inputs)
+        targets = inputs["labels"][:, 1:].flatten()
+        valid = targets != IGNORE_INDEX
+        uniform = None if uniform is None else uniform[valid]
+        return cache.loss(rows, targets[valid], predict, config, mask_uniform=uniform, num_items=num_items)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
@@ -229,6 +291,23 @@ class AutoDecoTrainer(AdapterTrainer):
             for name in [name for name in sums if name.startswith(("control_temperature_", "control_top_p_"))]:
                 logs[f"{prefix}{name}"] = float(sums[name]) / max(sums[f"rows_{name.rpartition('_')[2]}"], 1)
         super().log(logs, *args, **kwargs)
+
+
+def _named(train: Any, evaluation: Any) -> dict[str, Any]:
+    """The data sets there are, by the names of their caches."""
+    if not isinstance(evaluation, dict):
+        evaluation = {None: evaluation}
+    parts = {"train": train}
+    parts |= {"eval" if name is None else f"eval_{name}": part for name, part in evaluation.items()}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _numbered(train: Any, evaluation: Any) -> tuple[Any, Any]:
+    """Both, with numbered rows."""
+    found = numbered(_named(train, evaluation))
+    if isinstance(evaluation, dict):
+        return found.get("train"), {name: found[f"eval_{name}"] for name in evaluation}
+    return found.get("train"), found.get("eval")
 
 
 def _prepared(dataset: Any, tokenizer: Any, args: AutoDecoTrainingArguments, is_eval: bool = False) -> Any:
