@@ -15,9 +15,7 @@ test: $(VENV)/.dev
 	$(RUN)/pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.dev
-	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/training_step.py
-	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/decoding.py
-	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/run.py
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,143 +1,296 @@
 """
-Latency of adaptive decoding, as ratios to the same model's plain sampling and to static temperature with top-p.
+What adaptive decoding costs beside transformers' own sampling: time of each token, operations, parameters and memory by
+prompt length, batch and size of the model (AutoDeco, Table 3), and what one call of `generate` costs however short.
 
-    python benchmarks/decoding.py [--json FILE] [--batch 1 8] [--new-tokens 16] [--pairs 7] [--threads 2]
+    python benchmarks/decoding.py [--json FILE] [--cells 0.6B:1:64 0.6B:1:8192] [--rounds 30] [--compile 0.6B:1:64]
 
-A Qwen3 of the 0.6B's shape with random weights, whose output layer is scaled so that the distributions are as peaked as
-a trained model's (the table says how peaked). In each round the decoders take turns, and a ratio is taken within the
-round, so that a slow minute hits them all. Prefill is timed apart and subtracted: figures are per new token.
+A cell is SHAPE:BATCH:PROMPT. Models are random Qwen3s of real shapes, whose output layer is scaled so that the
+distributions are as peaked as a trained model's, and untied from the input's. Plain sampling, static sampling and
+greedy search run on transformers' own model, and the heads on the wrapped one, all on the same weights. Every
+contender's `generate` runs in a thread of its own and waits after each token, so that each token is a round in which
+all take a turn, and a ratio is taken within the round. Prompts are not read: the cache is filled with random keys and
+values of their length. Compiled decoding (static cache) keeps to the main thread, and there a round is a call of each.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, logging
+from contenders import ADAPTIVE, FIXED, GREEDY, PLAIN, SETTINGS, STATIC, Bench, pick_dtype
+from measure import (
+    PeakMemory,
+    Timer,
+    add_arguments,
+    available_bytes,
+    begin,
+    interleaved,
+    ratio,
+    shown,
+    spread,
+    target,
+    write,
+)
+from models import (
+    SHAPES,
+    base_flops,
+    build_base,
+    cache_after,
+    cache_bytes,
+    head_flops,
+    parameter_count,
+    with_plain_twin,
+)
+from transformers import CompileConfig, logging
+from turns import Decoder, alone, in_turns
 
-from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM, __version__
-
-SHAPES = {
-    "0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072},
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
-}
-# Standard deviation of the logits; about half of the mass then lies on the most likely token.
-LOGIT_SPREAD = 7.0
-STATIC = {"temperature": 0.8, "top_p": 0.95}
-
-
-def build(shape: str, vocab: int, dtype: torch.dtype) -> AutoDecoForCausalLM:
-    """A random model with peaked logits and heads that choose T and P around the static setting."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=vocab, num_key_value_heads=4, head_dim=128, tie_word_embeddings=True, **SHAPES[shape]
-    )
-    base = Qwen3ForCausalLM(config).to(dtype).eval()
-    base.generation_config.eos_token_id = None
-    base.generation_config.pad_token_id = 0
-    with torch.no_grad():
-        # The final norm gives unit components, so a logit's spread is the norm of its row.
-        base.lm_head.weight.mul_(LOGIT_SPREAD / base.lm_head.weight.float().norm(dim=1).mean())
-    model = AutoDecoForCausalLM.from_base(base, AutoDecoConfig(policy="heads"))
-    with torch.no_grad():
-        for head, bias in ((model.decoding_adapter.temperature_head, -0.4), (model.decoding_adapter.top_p_head, 3.0)):
-            head.out.weight.normal_(std=0.1)
-            head.out.bias.fill_(bias)
-    return model
+# What cannot be fitted into memory goes without these, from the left on; the other two are what is compared.
+DISPENSABLE = (GREEDY, FIXED)
+# AutoDeco's section 2.2 has its heads add 1 to 2 % to the time of a token; what is saved on top-p should pay for them.
+SAME_MODEL = ", same forward"
+TARGETS = [
+    target(f"adaptive / plain sampling{SAME_MODEL}", at_most=1.01, unless={"shape": "tiny"}),
+    target(f"adaptive / static T + top-p{SAME_MODEL}", at_most=0.9, unless={"shape": "tiny"}),
+]
 
 
-def decoders(model: AutoDecoForCausalLM) -> dict[str, Any]:
-    """Name to a function of (prompt, new tokens)."""
-    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+def measure_cell(bench: Bench, batch: int, prompt: int, contenders: list[str]) -> dict[str, Any]:
+    """One batch after one prompt's length: the time of a token, token by token in turn."""
+    args, tokens = bench.args, bench.args.rounds + bench.args.discard
+    start = time.perf_counter()
+    decoders = {name: bench.decoder(name, batch, prompt, tokens) for name in contenders}
+    with_models = {name: (decode, bench.model(name)) for name, decode in decoders.items()}
+    seconds, forward = in_turns(with_models, tokens, args.discard, bench.timer, args.cell_seconds)
+    own, pooled = beside_the_model(seconds, forward)
+    flops = base_flops(bench.shape, args.vocab, prompt)
+    result = {
+        "shape": bench.shape,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "batch": batch,
+        "prompt": prompt,
+        "ms a token": {name: spread([1e3 * s for s in seconds[name]]) for name in contenders},
+        "ms a token beside the model": {name: spread([1e3 * s for s in own[name]]) for name in contenders},
+        "ratios": {
+            f"adaptive / {name}{what}": ratio(times, ADAPTIVE, name)
+            for what, times in (("", seconds), (SAME_MODEL, pooled))
+            for name in (PLAIN, FIXED)
+            if name in contenders
+        },
+        "operations a token": {"plain": flops, "adaptive": flops + head_flops(bench.adaptive)},
+        "cache bytes": cache_bytes(bench.shape, batch, prompt, bench.dtype),
+    }
+    if [batch, prompt] == args.check_alone:
+        result["in turns / alone"] = against_alone(bench, decoders, seconds)
+    return result | {"seconds spent": round(time.perf_counter() - start, 1)}
 
-    def base(settings: dict[str, float]) -> Any:
-        def run(prompt: torch.Tensor, tokens: int) -> Any:
-            with model.disable_adapter():
-                return model.generate(prompt, do_sample=True, max_new_tokens=tokens, **{**off, **settings})
 
-        return run
+def beside_the_model(
+    seconds: dict[str, list[float]], forward: dict[str, list[float]]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """
+    What each token took beside its model's forward pass, and that behind one forward pass for all: the median of all.
 
+    The forward pass is the same work for every contender, and its time varies by more than they differ.
+    """
+    own = {name: [a - b for a, b in zip(seconds[name], forward[name], strict=True)] for name in seconds}
+    same = statistics.median(value for values in forward.values() for value in values)
+    return own, {name: [same + value for value in values] for name, values in own.items()}
+
+
+def against_alone(bench: Bench, decoders: dict[str, Decoder], seconds: dict[str, list[float]]) -> dict[str, float]:
+    """What taking turns does to a token's time: the fastest over that of calls that have the machine for themselves."""
+    lone: dict[str, list[float]] = {PLAIN: [], ADAPTIVE: []}
+    for number in range(2):
+        for name in sorted(lone, reverse=bool(number)):
+            lone[name] += alone(decoders[name], bench.args.discard, bench.timer)
+    return {name: round(min(seconds[name]) / min(lone[name]), 3) for name in lone}
+
+
+def measure_memory(bench: Bench, batch: int, repeats: int = 3) -> dict[str, Any]:
+    """Bytes by which a few steps peak above what was there before, per contender."""
+    peaks: dict[str, list[int]] = {PLAIN: [], FIXED: [], ADAPTIVE: []}
+    for number in range(repeats + 1):
+        for name, found in peaks.items():
+            decode, cache = bench.decoder(name, batch, 64, 4), cache_after(bench.plain, batch, 63)
+            with PeakMemory(bench.args.device) as peak:
+                decode(cache=cache)
+            found += [peak.bytes] if number else []  # the first call allocates for good
+    bytes_ = {name: int(statistics.median(found)) for name, found in peaks.items()}
     return {
-        "plain sampling": base({}),
-        "static T + top-p": base(STATIC),
-        "adaptive heads": lambda prompt, tokens: model.generate(prompt, max_new_tokens=tokens),
+        "shape": bench.shape,
+        "batch": batch,
+        "peak bytes": bytes_,
+        "adaptive - plain": bytes_[ADAPTIVE] - bytes_[PLAIN],
+        "adaptive - static": bytes_[ADAPTIVE] - bytes_[FIXED],
     }
 
 
-def seconds_per_token(run: Any, prompt: torch.Tensor, tokens: int) -> float:
-    """Time of `tokens` steps after the first, over their number."""
-    times = []
-    for count in (1, tokens + 1):
-        start = time.perf_counter()
-        run(prompt, count)
-        times.append(time.perf_counter() - start)
-    return (times[1] - times[0]) / tokens
+def measure_compiled(bench: Bench, batch: int, prompt: int, rounds: int = 5) -> dict[str, Any]:
+    """Static cache and compiled forward passes, in rounds of whole calls."""
+    from torch._dynamo.utils import counters
+
+    config = CompileConfig(mode="reduce-overhead" if bench.timer.device.type == "cuda" else "default")
+    config._compile_all_devices = True
+    how = {"cache_implementation": "static", "compile_config": config}
+    tokens, seconds, graphs, spent = bench.args.rounds + bench.args.discard, {}, {}, {}
+    decoders = {f"{name}, compiled": bench.decoder(name, batch, prompt, tokens, **how) for name in (PLAIN, ADAPTIVE)}
+    decoders[PLAIN] = bench.decoder(PLAIN, batch, prompt, tokens)
+    counters.clear()
+    for name, decode in decoders.items():
+        before, start = counters["stats"]["unique_graphs"], time.perf_counter()
+        decode()
+        spent[name] = round(time.perf_counter() - start, 1)
+        graphs[name] = counters["stats"]["unique_graphs"] - before
+    made, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    seconds = {name: [] for name in decoders}
+    for number in range(rounds):
+        for name in sorted(decoders, reverse=bool(number % 2)):
+            steps = alone(decoders[name], bench.args.discard, bench.timer)
+            seconds[name].append(statistics.median(steps))
+    return {
+        "shape": bench.shape,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "batch": batch,
+        "prompt": prompt,
+        "mode": config.mode,
+        "graphs": graphs,
+        "graph breaks": breaks,
+        "recompilations in the timed calls": counters["stats"]["unique_graphs"] - made,
+        "seconds of the first call": spent,
+        "ms a token": {name: spread([1e3 * s for s in values]) for name, values in seconds.items()},
+        "ratios": {
+            "adaptive / plain, both compiled": ratio(seconds, f"{ADAPTIVE}, compiled", f"{PLAIN}, compiled"),
+            "plain: compiled / not": ratio(seconds, f"{PLAIN}, compiled", PLAIN),
+        },
+    }
 
 
-def measure(model: AutoDecoForCausalLM, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Rounds in which every decoder runs once; ratios within a round."""
-    prompt = torch.randint(1, model.config.vocab_size, (batch, args.prompt_tokens))
-    runs = decoders(model)
-    for run in runs.values():
-        run(prompt, 2)
-    rounds = []
-    for number in range(args.pairs):
-        names = list(runs)[number % 3 :] + list(runs)[: number % 3]
-        rounds.append({name: seconds_per_token(runs[name], prompt, args.new_tokens) for name in names})
-    result: dict[str, Any] = {"batch": batch}
-    for name in runs:
-        result[f"{name}, ms a token"] = round(1e3 * statistics.median(r[name] for r in rounds), 2)
-    for name in ("plain sampling", "static T + top-p"):
-        ratios = [r["adaptive heads"] / r[name] for r in rounds]
-        spread = [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))]
-        result[f"adaptive / {name}"] = {"median": spread[0], "min": spread[1], "max": spread[2]}
-    return result
+def fixed_cost(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a `generate` call for one token of a tiny model: almost nothing but its setting up."""
+    base = build_base("tiny", 1000, torch.float32, args.device, args.seed)
+    adaptive, plain = with_plain_twin(base)
+    ids = torch.ones(1, 4, dtype=torch.long, device=args.device)
+    runs: dict[str, Callable[[], Any]] = {
+        name: lambda model=adaptive if name == ADAPTIVE else plain, how=how: model.generate(
+            ids, max_new_tokens=1, **how
+        )
+        for name, how in SETTINGS.items()
+    }
+    seconds = interleaved(runs, args.rounds, Timer(args.device), shortest=0.02)
+    return {
+        "ms a call": {name: spread([1e3 * s for s in values]) for name, values in seconds.items()},
+        "ratios": {f"one token, adaptive / {name}": ratio(seconds, ADAPTIVE, name) for name in (PLAIN, FIXED)},
+    }
 
 
-def peakedness(model: AutoDecoForCausalLM) -> list[float]:
-    """The 10, 50 and 90 % points of the largest probability over 64 positions."""
-    with torch.no_grad():
-        logits = model(torch.randint(1, model.config.vocab_size, (1, 64))).logits[0].float()
-    top = logits.softmax(-1).amax(-1)
-    return [round(float(v), 3) for v in top.quantile(torch.tensor([0.1, 0.5, 0.9]))]
+def that_fit(shape: str, batch: int, prompt: int, dtype: torch.dtype, limit: float, vocab: int) -> list[str]:
+    """The contenders that fit into so many bytes beside the model; at the least the two that are compared, or none."""
+    contenders = list(SETTINGS)
+    # Keys and values of a layer are copied as they grow, and sampling holds some copies of the logits.
+    each = cache_bytes(shape, batch, prompt, dtype) * (1 + 2 / SHAPES[shape]["num_hidden_layers"])
+    each += 10 * 4 * batch * vocab
+    for name in ("", *DISPENSABLE):
+        contenders = [other for other in contenders if other != name]
+        if each * len(contenders) < limit:
+            return contenders
+    return []
+
+
+def measure_shape(shape: str, cells: list[tuple[int, int]], args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """All cells of a shape, added to the result."""
+    limit = args.max_memory_gib * 2**30 if args.max_memory_gib else 0.8 * available_bytes(args.device)
+    dtype = pick_dtype(shape, args)
+    weights = parameter_count(shape, args.vocab) * dtype.itemsize
+    names = [f"{shape}:{batch}:{prompt}" for batch, prompt in cells]
+    # Beside the weights, what the smallest cell needs.
+    if not any(that_fit(shape, *cell, dtype, limit - weights, args.vocab) for cell in cells):
+        reason = (
+            f"needs more than the {limit / 2**30:.1f} GiB that may be taken (the weights alone {weights / 2**30:.1f})"
+        )
+        result["skipped"] += [{"cell": name, "why": reason} for name in names]
+        return
+    bench = Bench(shape, args)
+    result["models"].append(bench.about())
+    print(shape, result["models"][-1], flush=True)
+    for (batch, prompt), name in zip(cells, names, strict=True):
+        contenders = that_fit(shape, batch, prompt, dtype, limit - weights, args.vocab)
+        if not contenders:
+            need = 2 * cache_bytes(shape, batch, prompt, dtype) / 2**30
+            reason = f"two caches take {need:.1f} GiB beside the weights, more than {limit / 2**30:.1f} in all"
+            result["skipped"].append({"cell": name, "why": reason})
+            continue
+        contenders = [other for other in contenders if other != GREEDY or prompt <= args.greedy_up_to]
+        result["cells"].append(measure_cell(bench, batch, prompt, contenders))
+        show(name, result["cells"][-1])
+    result["memory"] += [
+        measure_memory(bench, batch) for batch in args.memory_batch if shape != "tiny" or len(args.cells) == 1
+    ]
+    for cell in args.compile:
+        if cell.startswith(f"{shape}:"):
+            result["compiled"].append(measure_compiled(bench, *parse_cell(cell)[1:]))
+            show(f"{cell}, compiled", result["compiled"][-1])
+
+
+def show(name: str, cell: dict[str, Any]) -> None:
+    """Prints a cell."""
+    print(name)
+    for contender, value in cell["ms a token"].items():
+        print(f"  {contender:28} {shown(value, 2)} ms a token")
+    for between, value in cell["ratios"].items():
+        print(f"  {between:36} {shown(value)}, 95 % {value['low']:.3f} to {value['high']:.3f}", flush=True)
+
+
+def parse_cell(text: str) -> tuple[str, int, int]:
+    """SHAPE:BATCH:PROMPT."""
+    shape, batch, prompt = text.split(":")
+    if shape not in SHAPES or int(prompt) < 2:
+        raise SystemExit(f"{text!r} is no cell: SHAPE is one of {', '.join(SHAPES)}, PROMPT at least 2.")
+    return shape, int(batch), int(prompt)
+
+
+DEFAULT_CELLS = [
+    *(f"0.6B:1:{prompt}" for prompt in (64, 1024, 4096, 8192, 24576)),
+    *(f"0.6B:8:{prompt}" for prompt in (64, 1024)),
+    *(f"0.6B:32:{prompt}" for prompt in (64, 1024)),
+    *(f"4B:{batch}:64" for batch in (1, 8)),
+    *(f"tiny:{batch}:64" for batch in (1, 8)),
+]
 
 
 def main() -> None:
-    """Prints a table and its ratios."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--shape", choices=SHAPES, default="0.6B")
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add_arguments(parser, rounds=30)
+    parser.add_argument("--cells", nargs="+", default=DEFAULT_CELLS)
+    parser.add_argument("--compile", nargs="*", default=[], help="cells for compiled decoding with a static cache")
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--cell-seconds", type=float, default=40.0, help="then a cell ends, if it has 7 rounds")
+    parser.add_argument("--greedy-up-to", type=int, default=1024, help="longer prompts go without greedy search")
+    parser.add_argument("--discard", type=int, default=3, help="first tokens that are not counted")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--memory-batch", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--max-memory-gib", type=float, help="default: 80 %% of what is free")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
-    model = build(args.shape, args.vocab, getattr(torch, args.dtype))
-    top = peakedness(model)
-    print(f"{args.shape}-shaped Qwen3, vocabulary {args.vocab}, {args.dtype}, {args.threads} threads")
-    print(f"largest probability, 10/50/90 % points: {top}; static baseline: {STATIC}")
-    results = []
-    for batch in args.batch:
-        results.append(measure(model, batch, args))
-        for name, value in results[-1].items():
-            print(f"  {name}: {value}", flush=True)
-    if args.json:
-        about = {"torch": torch.__version__, "hf_adaptive_decode": __version__, "machine": platform.platform()}
-        settings = {name: str(value) for name, value in vars(args).items()}
-        args.json.write_text(json.dumps({"about": about, "settings": settings, "results": results}, indent=2) + "\n")
+    result = begin(args) | {"targets": TARGETS, "static": STATIC}
+    result |= {"models": [], "cells": [], "memory": [], "compiled": [], "skipped": []}
+    result["fixed_cost"] = fixed_cost(args)
+    for between, value in result["fixed_cost"]["ratios"].items():
+        print(f"{between:36} {shown(value)}", flush=True)
+    cells = [parse_cell(text) for text in args.cells]
+    args.check_alone = [cells[0][1], cells[0][2]]
+    for shape in dict.fromkeys(shape for shape, _, _ in cells):
+        measure_shape(shape, [cell[1:] for cell in cells if cell[0] == shape], args, result)
+        write(args.json, result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

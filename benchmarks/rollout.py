@@ -1,7 +1,7 @@
 """
 Cost of the rollout engine, as ratios to transformers' plain `generate` sampling on the same prompts.
 
-    python benchmarks/rollout.py [--json FILE] [--parts a b c] [--batch 16 64] [--pairs 5] [--threads 2]
+    python benchmarks/rollout.py [--json FILE] [--parts a b c d] [--batch 16 64] [--pairs 5] [--threads 2]
 
 (a) at fixed length (nothing ends a row, so that all make the same number of tokens), on a random Qwen3 of the 0.6B's
     shape with peaked logits and on the testbed's base model: `decode` with plain T = 1, and with a per-token action
@@ -10,6 +10,9 @@ Cost of the rollout engine, as ratios to transformers' plain `generate` sampling
     sampling draws from the same distribution in all three; the policy's texts are of other lengths.
 (c) on the testbed: what a training step costs beyond its rollout (loss, gradients, optimiser and the Trainer's own
     work), as a part of the rollout.
+(d) where rows differ 8 times in length: per-row token budgets, a few of them 8 times the others', and more rows than
+    are decoded at once. `decode` with new rows in the places of those that end ("refilled"), against batch after batch,
+    whose ended rows are dropped ("dropped") or carried along ("kept"). All three make the same tokens.
 
 In each round the decoders take turns, and a ratio is taken within the round, so that a slow minute hits them all.
 "whole" is all of a call, where `decode` reads each prompt once and `generate` once a sample; "step" is a call less one
@@ -29,11 +32,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from decoding import LOGIT_SPREAD, SHAPES
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback, logging
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from measure import target
+from models import LOGIT_SPREAD, SHAPES
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback, logging
 
 from hf_adaptive_decode import (
     AutoDecoConfig,
@@ -51,10 +55,11 @@ PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 Run = Callable[[int], int]
 
 
-def build_shaped(args: argparse.Namespace) -> Any:
+def build_shaped(args: argparse.Namespace, layers: int | None = None) -> Any:
     """A random model whose distributions are as peaked as a trained model's."""
     torch.manual_seed(0)
-    shape = {**SHAPES[args.shape], **({"num_hidden_layers": args.layers} if args.layers else {})}
+    layers = layers or args.layers
+    shape = {**SHAPES[args.shape], **({"num_hidden_layers": layers} if layers else {})}
     config = Qwen3Config(vocab_size=args.vocab, num_key_value_heads=4, head_dim=128, tie_word_embeddings=True, **shape)
     model = Qwen3ForCausalLM(config).eval()
     with torch.no_grad():
@@ -108,7 +113,7 @@ class Workload:
         return int(decode(self.model, policy, rows, ends=self.ends, pad=0, **how).lengths.sum())
 
 
-# With one thread, a processor's seconds leave out what the machine's other users take.
+# With one thread, a processor's seconds leave out what others take.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -232,6 +237,64 @@ def training_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row | ratios]
 
 
+class MixedLengths:
+    """Rows with token budgets of two sizes in a random order, and ways of decoding them, at most `batch` at once."""
+
+    def __init__(self, model: Any, batch: int, short: int, args: argparse.Namespace) -> None:
+        self.model = model
+        count = args.batches * batch
+        generator = torch.Generator().manual_seed(0)
+        budget = torch.full((count,), short)
+        budget[torch.randperm(count, generator=generator)[: int(count * args.long_share)]] = 8 * short
+        lengths = [max(1, args.prompt_tokens - index % 8) for index in range(-(-count // args.samples))]
+        prompts = [[2 + index % 7] * length for index, length in enumerate(lengths)]
+        prompt = torch.arange(len(prompts)).repeat_interleave(args.samples)[:count]
+        keys = torch.tensor([row_key(row) for row in range(count)])
+        self.rows = Rows(prompts, prompt, budget, torch.full_like(budget, args.samples), keys)
+        self.policy = build_policy(AutoDecoConfig(policy="static", actions=[{"temperature": 1.0}])).eval()
+        parts = [self.rows.select(part) for part in torch.arange(count).split(batch)]
+        self.runs: dict[str, Run] = {
+            "refilled": lambda _: self.decode(self.rows, batch_rows=batch),
+            # The next batch begins when the last row of the one before has ended.
+            "dropped": lambda _: sum(self.decode(part) for part in parts),
+            "kept": lambda _: sum(self.decode(part, drops_ended=False) for part in parts),
+        }
+
+    def decode(self, rows: Rows, **how: Any) -> int:
+        """The rollout engine."""
+        return int(decode(self.model, self.policy, rows, ends=set(), pad=0, **how).lengths.sum())
+
+
+def mixed_lengths(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Part (d)."""
+    results, clock = [], CLOCKS[args.clock]
+    cut = f", {args.mixed_layers} layers" if args.mixed_layers else ""
+    cells = [(f"{args.shape} shape{cut}", build_shaped, args.mixed_batch, args.short_tokens)]
+    cells += [("testbed", lambda *_: load_base_model(), args.testbed_mixed_batch, args.testbed_short_tokens)]
+    for name, build, batches, short in cells:
+        model = build(args, args.mixed_layers) if batches else None
+        for batch in batches:
+            model.generation_config.eos_token_id = None
+            work = MixedLengths(model, batch, short, args)
+            rounds: list[dict[str, float]] = []
+            for number in range(args.mixed_rounds + 1):
+                turn = number % len(work.runs)
+                taken = {}
+                for way in [*list(work.runs)[turn:], *list(work.runs)[:turn]]:
+                    taken[way], _ = timed(work.runs[way], 0, clock)
+                rounds += [taken] if number else []  # the first one warms up
+            row: dict[str, Any] = {"part": "d", "model": name, "rows": batch, "new_tokens": 8 * short}
+            for way in work.runs:
+                seconds = statistics.median(taken[way] for taken in rounds)
+                row[f"{way}, tokens a second"] = round(int(work.rows.token_budget.sum()) / seconds, 1)
+            for way in ("dropped", "kept"):
+                ratios = [taken[way] / taken["refilled"] for taken in rounds]
+                row[f"tokens a second, refilled / {way}"] = spread(ratios)
+            results.append(row)
+            show(row)
+    return results
+
+
 def show(result: dict[str, Any]) -> None:
     """Prints one measurement."""
     print(f"({result['part']}) {result['model']}, {result['rows']} rows, {result['new_tokens']} new tokens at most")
@@ -242,7 +305,11 @@ def show(result: dict[str, Any]) -> None:
             print(f"  {name:40} {value}", flush=True)
 
 
-PARTS = {"a": fixed_length, "b": real_ends, "c": training_steps}
+TARGETS = [
+    target("tokens a second, refilled / kept", at_least=1.8),
+    target("update / rollout", at_most=0.05),
+]
+PARTS = {"a": fixed_length, "b": real_ends, "c": training_steps, "d": mixed_lengths}
 
 
 def main() -> None:
@@ -262,6 +329,14 @@ def main() -> None:
     parser.add_argument("--testbed-budget", type=int, default=80, help="with real ends")
     parser.add_argument("--prompts", type=int, default=96, help="prompts of a training step")
     parser.add_argument("--updates", type=int, default=10, help="training steps to time")
+    parser.add_argument("--mixed-batch", type=int, nargs="+", default=[16], help="part (d): rows at once")
+    parser.add_argument("--mixed-layers", type=int, help="part (d): fewer than the shape has, to save time")
+    parser.add_argument("--testbed-mixed-batch", type=int, nargs="+", default=[64])
+    parser.add_argument("--short-tokens", type=int, default=8, help="of most rows; the others make 8 times as many")
+    parser.add_argument("--testbed-short-tokens", type=int, default=16)
+    parser.add_argument("--long-share", type=float, default=0.2)
+    parser.add_argument("--batches", type=int, default=6, help="as many rows wait as fill these")
+    parser.add_argument("--mixed-rounds", type=int, default=7)
     parser.add_argument("--actions", choices=ACTION_PRESETS, default="token_math")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -273,7 +348,9 @@ def main() -> None:
     if args.json:
         about = {"torch": torch.__version__, "hf_adaptive_decode": __version__, "machine": platform.platform()}
         settings = {name: str(value) for name, value in vars(args).items()}
-        args.json.write_text(json.dumps({"about": about, "settings": settings, "results": results}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"about": about, "settings": settings, "targets": TARGETS, "results": results}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """
-Time and memory of one supervised training step, as ratios to a plain implementation and to the frozen forward pass.
+What the decoding loss of a training step costs, in time and in memory, and how that grows.
 
-    python benchmarks/training_step.py [--json FILE] [--tokens 2048] [--vocab 151936] [--hidden 1024] [--pairs 5]
+    python benchmarks/training_step.py [--json FILE] [--parts a b c d] [--tokens 2048] [--vocab 151936] [--rounds 7]
 
-(a) chunked loss (projection, loss, backward into the heads) against the equations as written: full logits, full sort,
-    autograd. Both start from the same hidden states and use the same frozen output layer and the same heads.
-(b) memory that each adds: peak resident set less the resident set just before, each in a process of its own.
+(a) time of the loss and its gradients: the paper's equations as anyone would write them (full logits, full sort,
+    autograd) against the library's, on the same hidden states and output layer.
+(b) memory that each adds: the peak above what was there just before, each in a process of its own.
 (c) a training step with a frozen body of Qwen3 0.6B's shape against that model's forward pass alone.
+(d) the library's loss over the number of tokens and over the vocabulary: time, and added memory as in (b).
 
-The two sides of a ratio alternate, pair by pair, so that a slow minute hits both. Ratios are medians of the pairs' own
-ratios with their minimum and maximum. Weights are random; see `realistic_scales` for what that means for the logits.
+The two sides of a ratio take turns, round by round, so that a slow minute hits both. Weights are random; see
+`realistic_scales` for what that means for the logits.
 """
 
 from __future__ import annotations
@@ -17,19 +18,30 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import Qwen3Config, Qwen3Model
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from measure import (
+    PeakMemory,
+    Timer,
+    add_arguments,
+    begin,
+    default_dtype,
+    faster_dtype,
+    interleaved,
+    log_slope,
+    ratio,
+    shown,
+    spread,
+    target,
+    write,
+)
 
 from hf_adaptive_decode import AutoDecoConfig, DecodeState
 from hf_adaptive_decode.losses import DecodingLossConfig, chunked_decoding_loss
@@ -37,6 +49,11 @@ from hf_adaptive_decode.policies import HeadsPolicy
 
 # What (a) and (b) compare is the loss of every position, so that both sides do the same work.
 EVERY_POSITION = DecodingLossConfig(dft_weight="off", easy_token_mask_ratio=0.0)
+TARGETS = [
+    target("seconds over tokens", at_most=1.1),
+    target("seconds over vocabulary", at_most=1.1),
+    target("bytes over tokens", at_most=0.1),
+]
 
 
 class Heads(torch.nn.Module):
@@ -91,7 +108,7 @@ def sample_targets(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Te
         entropy.append(-torch.xlogy(probs, probs).sum(1))
     points = torch.tensor([0.1, 0.5, 0.9])
     described = {
-        name: [round(value, 3) for value in torch.cat(parts).quantile(points).tolist()]
+        name: [round(value, 3) for value in torch.cat(parts).cpu().quantile(points).tolist()]
         for name, parts in (("max_prob", largest), ("tokens_above_1e-5", candidates), ("entropy", entropy))
     }
     return torch.cat(targets), described
@@ -126,96 +143,88 @@ STEPS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Heads], Non
 
 def inputs(args: argparse.Namespace, tokens: int, shape: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states `[tokens, hidden]` and the output layer `[vocab, hidden]`, the same for every process."""
-    torch.manual_seed(0)
-    weight = output_layer(args.vocab, args.hidden, dtype)
-    scales = realistic_scales(args.tokens, shape)[:tokens]
-    return with_scales(torch.randn(args.tokens, args.hidden)[:tokens].to(dtype), scales), weight
+    torch.manual_seed(args.seed)
+    weight = output_layer(args.vocab, args.hidden, dtype).to(args.device)
+    most = max(args.tokens, tokens)
+    scales = realistic_scales(most, shape)[:tokens]
+    return with_scales(torch.randn(most, args.hidden)[:tokens].to(dtype), scales).to(args.device), weight
 
 
 def added_memory(args: argparse.Namespace) -> None:
-    """Child process: runs one step and writes the bytes by which the resident set peaked above its start."""
-    tokens = args.plain_tokens if args.measure == "plain" else args.tokens
-    hidden, weight = inputs(args, tokens, "peaked", torch.bfloat16)
-    heads, targets = Heads(args.hidden), torch.zeros(tokens, dtype=torch.long)
-    STEPS[args.measure](hidden[:2], targets[:2], weight, heads)  # libraries allocate on their first use
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident("VmRSS")
-    STEPS[args.measure](hidden, targets, weight, heads)
-    sys.stdout.write(json.dumps({"bytes": resident("VmHWM") - before, "tokens": tokens}))
+    """Child process: one step of each size, and the bytes by which memory peaked above what was there before it."""
+    found = []
+    for tokens, vocab in args.sizes:
+        of_size = argparse.Namespace(**{**vars(args), "vocab": vocab})
+        hidden, weight = inputs(of_size, tokens, "peaked", torch.bfloat16)
+        heads, targets = Heads(args.hidden).to(args.device), torch.zeros(tokens, dtype=torch.long, device=args.device)
+        step = STEPS[args.measure]
+        step(hidden[:2], targets[:2], weight, heads)  # libraries allocate on their first use
+        with PeakMemory(args.device) as peak:
+            step(hidden, targets, weight, heads)
+        found.append(peak.bytes)
+        del hidden, weight, heads, targets
+    sys.stdout.write(json.dumps(found))
 
 
-def resident(field: str) -> int:
-    """A field of this process's memory accounting, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory can only be measured on Linux.")
-
-
-def measure_memory(args: argparse.Namespace, side: str) -> dict[str, int]:
-    """Runs `added_memory` for one side in a process of its own."""
-    command = [sys.executable, __file__, "--measure", side]
-    for name in ("tokens", "plain_tokens", "vocab", "hidden", "threads"):
-        command += [f"--{name.replace('_', '-')}", str(vars(args)[name])]
-    measured: dict[str, int] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+def measure_memory(args: argparse.Namespace, side: str, sizes: list[tuple[int, int]]) -> list[int]:
+    """Runs `added_memory` for one side in a process of its own, for (tokens, vocabulary) each."""
+    command = [sys.executable, __file__, "--measure", side, "--sizes", *(f"{t}:{v}" for t, v in sizes)]
+    for name in ("hidden", "threads", "device", "seed", "tokens"):
+        command += [f"--{name}", str(vars(args)[name])]
+    measured: list[int] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return measured
 
 
-def pairs(first: Callable[[], None], second: Callable[[], None], count: int) -> list[tuple[float, float]]:
-    """Seconds of both, alternating, after one untimed run of each."""
-    timed = []
-    for round_number in range(count + 1):
-        seconds = []
-        for step in (first, second):
-            start = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - start)
-        if round_number:
-            timed.append((seconds[0], seconds[1]))
-    return timed
-
-
-def summary(timed: list[tuple[float, float]], scale_first: float = 1.0) -> dict[str, Any]:
-    """Medians, and the range of the pairs' ratios; the first side's seconds are multiplied by `scale_first`."""
-    ratios = [scale_first * first / second for first, second in timed]
-    return {
-        "first_s": scale_first * statistics.median(first for first, _ in timed),
-        "second_s": statistics.median(second for _, second in timed),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "pairs": timed,
-    }
-
-
 def compare_losses(args: argparse.Namespace, shape: str) -> dict[str, Any]:
-    """(a) for logits of one shape."""
+    """(a) for logits of one shape; the plain side's seconds are scaled up to as many tokens."""
     hidden, weight = inputs(args, args.tokens, shape, torch.bfloat16)
     targets, described = sample_targets(hidden, weight)
-    heads = Heads(args.hidden)
-    few = args.plain_tokens
+    heads, few, timer = Heads(args.hidden).to(args.device), args.plain_tokens, Timer(args.device)
 
     def project_only() -> None:
         for part in hidden.split(110):
             part @ weight.t()
 
-    timed = pairs(
-        lambda: plain_step(hidden[:few], targets[:few], weight, heads),
-        lambda: chunked_step(hidden, targets, weight, heads),
-        args.pairs,
-    )
-    start = time.perf_counter()
-    project_only()
-    return {"logits": described, "projection_s": time.perf_counter() - start, **summary(timed, args.tokens / few)}
+    sides = {
+        "plain": lambda: plain_step(hidden[:few], targets[:few], weight, heads),
+        "chunked": lambda: chunked_step(hidden, targets, weight, heads),
+        "projection": project_only,
+    }
+    seconds = interleaved(sides, args.rounds, timer)
+    seconds["plain"] = [value * args.tokens / few for value in seconds["plain"]]
+    return {"part": "a", "logits": shape, "described": described} | summary(seconds, "plain", "chunked")
 
 
-def compare_training_step(args: argparse.Namespace, shape: str, body: Qwen3Model) -> dict[str, Any]:
-    """(c): second / first is the training step over the frozen forward pass."""
+def summary(seconds: dict[str, list[float]], over: str, under: str) -> dict[str, Any]:
+    """Seconds of the sides, and their ratio round by round."""
+    return {
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratios": {f"{over} / {under}": ratio(seconds, over, under)},
+    }
+
+
+def compare_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """(b): the plain side's bytes are scaled up to as many tokens."""
+    tokens = {"plain": args.plain_tokens, "chunked": args.tokens}
+    found = {side: measure_memory(args, side, [(tokens[side], args.vocab)])[0] for side in STEPS}
+    times = found["plain"] / args.plain_tokens * args.tokens / max(found["chunked"], 1)
+    return {
+        "part": "b",
+        "logits": "peaked",
+        "bytes": found,
+        "tokens": tokens,
+        "ratios": {"added memory, plain / chunked": spread([times])},
+    }
+
+
+def compare_training_step(args: argparse.Namespace, shape: str, body: Any) -> dict[str, Any]:
+    """(c): the training step over the frozen forward pass."""
     weight = body.embed_tokens.weight.detach()
-    tokens = torch.randint(0, args.vocab, (4, args.tokens // 4))
-    scales = realistic_scales(tokens.numel(), shape)
-    heads = Heads(args.hidden)
-    uniform = torch.rand(tokens.numel())
+    torch.manual_seed(args.seed)
+    tokens = torch.randint(0, args.vocab, (4, args.tokens // 4)).to(args.device)
+    scales = realistic_scales(tokens.numel(), shape).to(args.device)
+    heads = Heads(args.hidden).to(args.device)
+    uniform = torch.rand(tokens.numel()).to(args.device)
 
     @torch.no_grad()
     def hidden_states() -> torch.Tensor:
@@ -233,102 +242,100 @@ def compare_training_step(args: argparse.Namespace, shape: str, body: Qwen3Model
         )
         out.loss.backward()
 
-    timed = pairs(training_step, forward_only, args.pairs)
-    return {"logits": described, **summary(timed)}
+    seconds = interleaved({"step": training_step, "frozen forward": forward_only}, args.rounds, Timer(args.device))
+    body_dtype = str(weight.dtype).removeprefix("torch.")
+    found = {"part": "c", "logits": shape, "dtype": body_dtype, "described": described}
+    return found | summary(seconds, "step", "frozen forward")
 
 
-def qwen3_body(args: argparse.Namespace, dtype: torch.dtype) -> Qwen3Model:
+def growth(args: argparse.Namespace) -> dict[str, Any]:
+    """(d): seconds and added bytes of the library's loss on peaked logits."""
+    found: dict[str, Any] = {"part": "d", "logits": "peaked"}
+    sizes = [("tokens", n, args.vocab) for n in args.growth_tokens]
+    sizes += [("vocabulary", args.growth_rows, v) for v in args.growth_vocab]
+    memories = measure_memory(args, "chunked", [(tokens, vocab) for _, tokens, vocab in sizes])
+    for (over, tokens, vocab), memory in zip(sizes, memories, strict=True):
+        of_size = argparse.Namespace(**{**vars(args), "vocab": vocab})
+        hidden, weight = inputs(of_size, tokens, "peaked", torch.bfloat16)
+        targets, _ = sample_targets(hidden, weight)
+        heads = Heads(args.hidden).to(args.device)
+        run = {"chunked": lambda h=hidden, t=targets, w=weight, heads=heads: chunked_step(h, t, w, heads)}
+        seconds = interleaved(run, max(3, args.rounds // 2), Timer(args.device))["chunked"]
+        point = {"tokens": tokens, "vocabulary": vocab, "seconds": spread(seconds), "bytes": memory}
+        found.setdefault(over, []).append(point)
+        print(f"(d) {tokens} tokens, {vocab} words: {shown(point['seconds'])} s, {memory / 2**20:.0f} MiB", flush=True)
+    found["ratios"] = {}
+    for over in ("tokens", "vocabulary"):
+        points = found[over]
+        amounts = [point[over] for point in points]
+        found["ratios"][f"seconds over {over}"] = spread([log_slope(amounts, [p["seconds"]["median"] for p in points])])
+        found["ratios"][f"bytes over {over}"] = spread([log_slope(amounts, [max(p["bytes"], 1) for p in points])])
+    return found
+
+
+def qwen3_body(args: argparse.Namespace, dtype: torch.dtype) -> Any:
     """A model body of Qwen3 0.6B's shape with random weights."""
+    from transformers import Qwen3Config, Qwen3Model  # slow, and the processes that measure memory need none
+
     config = Qwen3Config(
-        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=28,
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=3 * args.hidden,
+        num_hidden_layers=args.layers,
         num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
         dtype=dtype,
     )  # fmt: skip
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    body = Qwen3Model(config).eval().requires_grad_(False)
-    torch.set_default_dtype(default)
-    return body
+    torch.manual_seed(args.seed)
+    with default_dtype(dtype), torch.device(args.device):
+        return Qwen3Model(config).eval().requires_grad_(False)
 
 
-def faster_dtype(args: argparse.Namespace) -> torch.dtype:
-    """bfloat16 or float32, whichever multiplies the model's own matrices faster on this processor."""
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        left, right = torch.randn(256, args.hidden).to(dtype), torch.randn(3 * args.hidden, args.hidden).to(dtype)
-        runs = []
-        for _ in range(20):
-            start = time.perf_counter()
-            left @ right.t()
-            runs.append(time.perf_counter() - start)
-        seconds[dtype] = statistics.median(runs)
-    return min(seconds, key=lambda dtype: seconds[dtype])
+def show(cell: dict[str, Any]) -> None:
+    """Prints a cell's ratios."""
+    for name, value in cell["ratios"].items():
+        print(f"({cell['part']}) {cell['logits']:7} {name:32} {shown(value, 2)}", flush=True)
 
 
-def report(results: dict[str, Any]) -> str:
-    """The results as a plain table, ratios last."""
-    lines = [
-        f"{results['tokens']} tokens, vocabulary {results['vocab']}, {results['threads']} threads; "
-        f"load average at the start {results['load_average_at_start']:.1f}"
-    ]
-    lines.append(
-        f"The plain side ran on {results['plain_tokens']} tokens (its memory forbids more) and is scaled linearly."
-    )
-    for shape, part in results["logits"].items():
-        lines.append(f"{shape} logits, 10/50/90%: {part}")
-    lines.append(f"{'':34}{'one (s)':>10}{'other (s)':>10}{'ratio':>8}   min-max")
-    for name, part in results["times"].items():
-        lines.append(
-            f"{name:34}{part['first_s']:>10.2f}{part['second_s']:>10.2f}{part['ratio']:>8.2f}"
-            f"   {part['ratio_min']:.2f}-{part['ratio_max']:.2f}"
-        )
-    for name, part in results["memory"].items():
-        lines.append(f"added memory, {name:<21}{part['bytes'] / 2**20:>9.0f} MiB for {part['tokens']} tokens")
-    for name, value in results["ratios"].items():
-        lines.append(f"{name} = {value:.2f}")
-    return "\n".join(lines) + "\n"
+def size(text: str) -> tuple[int, int]:
+    """TOKENS:VOCABULARY."""
+    tokens, vocab = text.split(":")
+    return int(tokens), int(vocab)
 
 
 def main() -> None:
     """Parses the command line, measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, rounds=7)
     for name, default in (
-        ("tokens", 2048), ("plain-tokens", 256), ("vocab", 151_936), ("hidden", 1024), ("pairs", 5), ("threads", 2)
+        ("tokens", 2048), ("plain-tokens", 256), ("vocab", 151_936), ("hidden", 1024), ("layers", 28),
+        ("growth-rows", 512),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
-    parser.add_argument("--parts", default="abc", help="which of (a), (b) and (c) to measure; default: %(default)s")
+    parser.add_argument("--parts", nargs="+", choices="abcd", default=list("abcd"))
+    parser.add_argument("--growth-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--growth-vocab", type=int, nargs="+", default=[16_384, 32_768, 65_536, 131_072, 262_144])
     parser.add_argument("--measure", choices=sorted(STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=size, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.plain_tokens = min(args.plain_tokens, args.tokens)
-    torch.set_num_threads(args.threads)
     if args.measure:
+        torch.set_num_threads(args.threads)
         added_memory(args)
         return
-
-    results: dict[str, Any] = {name: vars(args)[name] for name in ("tokens", "plain_tokens", "vocab", "threads")}
-    results["load_average_at_start"] = os.getloadavg()[0]
-    times, results["logits"] = {}, {}
-    for shape in ("peaked", "flat") if "a" in args.parts else ():
-        times[f"(a) plain / chunked, {shape}"] = compare_losses(args, shape)
-        results["logits"][shape] = times[f"(a) plain / chunked, {shape}"]["logits"]
-    memory = {side: measure_memory(args, side) for side in STEPS} if "b" in args.parts else {}
-    if "c" in args.parts:
-        dtype = faster_dtype(args)
-        results["body_dtype"] = str(dtype)
-        body = qwen3_body(args, dtype)
-        for shape in ("peaked", "flat"):
-            times[f"(c) step / frozen forward, {shape}"] = compare_training_step(args, shape, body)
-            results["logits"][f"{shape}, model"] = times[f"(c) step / frozen forward, {shape}"]["logits"]
-    results |= {"times": times, "memory": memory}
-    results["ratios"] = {name: part["ratio"] for name, part in times.items()}
-    if memory:
-        plain_bytes = memory["plain"]["bytes"] / memory["plain"]["tokens"] * args.tokens
-        results["ratios"]["(b) added memory, plain / chunked"] = plain_bytes / memory["chunked"]["bytes"]
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
-    sys.stdout.write(report(results))
+    result = begin(args) | {"targets": TARGETS, "cells": [], "skipped": []}
+    body = None
+    for part in args.parts:
+        if part == "c":
+            body = qwen3_body(args, faster_dtype(args.hidden, 256, args.device))
+        shapes = ("peaked", "flat") if part in "ac" else ("peaked",)
+        for shape in shapes:
+            measured = {
+                "a": lambda shape=shape: compare_losses(args, shape),
+                "b": lambda: compare_memory(args),
+                "c": lambda shape=shape, body=body: compare_training_step(args, shape, body),
+                "d": lambda: growth(args),
+            }
+            result["cells"].append(measured[part]())
+            show(result["cells"][-1])
+    write(args.json, result)
 
 
 if __name__ == "__main__":

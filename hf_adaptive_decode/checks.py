@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .errors import LogitsError
+from .nucleus import row_maxima
 from .types import SamplingParameters
 
 Step = int | torch.Tensor
@@ -29,7 +30,7 @@ def check_scores(scores: torch.Tensor, step: Step, rows: torch.Tensor | None = N
         [`LogitsError`]: If a row holds NaN or +inf, or nothing above -inf; names the step and the row.
     """
     # NaN and +inf show in the maximum, and so does a row with nothing left.
-    maxima = scores.amax(dim=-1)
+    maxima = row_maxima(scores)
     _raise_for_scores(maxima, step, rows)
     return maxima
 
@@ -58,7 +59,7 @@ class StepChecks:
     def scores(self, scores: torch.Tensor, step: int) -> torch.Tensor:
         """As [`check_scores`]."""
         self.finish()
-        maxima = scores.amax(dim=-1)
+        maxima = row_maxima(scores)
         self._look(maxima, partial(_raise_for_scores, step=step, rows=None))
         return maxima
 

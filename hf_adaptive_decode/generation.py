@@ -268,7 +268,8 @@ class _RowBudget(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self._prompt_length is None:
             self._prompt_length = input_ids.shape[1] - 1
-        return self._budgets.to(input_ids.device) <= input_ids.shape[1] - self._prompt_length
+            self._budgets = self._budgets.to(input_ids.device)  # once, as a copy is waited for
+        return self._budgets <= input_ids.shape[1] - self._prompt_length
 
 
 class _Remembering(StoppingCriteriaList):

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 # Below this many words a sort costs less than being clever.
-_SMALL_VOCABULARY = 1024
+_SMALL_VOCABULARY = 512
 # Groups in which tokens are looked at for the k largest; each of these lies in one of the k groups of largest maxima.
 _GROUP = 16
-_BUCKETS = 2048
+# So many candidates are sorted as they are.
+_FEW = 2048
+# A bucket for so many words, but no more buckets than these.
+_WORDS_A_BUCKET, _MOST_BUCKETS = 4, 2048
 # Where more than this part of the tokens, and more than so many, could be the edge, every 64th says where to look.
 _MANY_PART, _MANY, _STRIDE, _MARGIN = 1 / 16, 1 << 14, 64, 0.02
 _NEVER = -float("inf")
@@ -42,6 +45,14 @@ def kth_largest(scores: torch.Tensor, k: torch.Tensor | int) -> torch.Tensor:
     else:
         kth = _radix_search(scores, None, k.double())[0]
     return kth.masked_fill((k == 0)[:, None], _NEVER)
+
+
+def row_maxima(scores: torch.Tensor) -> torch.Tensor:
+    """The largest of each row of `[N, V]`, `[N]`; NaN where there is one."""
+    if scores.device.type != HOST or scores.dtype not in (torch.float32, torch.float64) or not scores.shape[0]:
+        return scores.amax(-1)
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(scores.detach().numpy().max(-1))
 
 
 def largest(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -93,56 +104,82 @@ def _edge_by_sort(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, 
 
 
 def _edge_by_buckets(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> _Edge:
-    # The fused kernel is faster than an exponential alone; and numpy compares ten times as fast as torch does here.
-    weights = scores.softmax(-1)
-    score, weight, part = scores.numpy(), weights.numpy(), mass.double().numpy()
-    largest = weights.amax(-1).double().numpy()
+    # numpy takes exponentials twice and compares ten times as fast as torch does, and wakes no thread for it, which
+    # within a model's step takes longer than the work.
+    score, highest, part = scores.numpy(), peak.numpy(), mass.double().numpy()
+    weight = np.subtract(score, highest)
+    np.exp(weight, out=weight)
     if floor is not None:
         weight *= score >= floor.numpy()
     rows, vocabulary = weight.shape
-    total = weights.sum(-1).double().numpy()
+    total = weight.sum(-1).astype(np.float64)
     wanted, is_open = part * total, part < 1
     # A hair below (1 - P) / V of the mass, so that no rounding rules out the edge; above all where there is none.
     low = np.where(is_open, (1 - part) * total / vocabulary * 0.999, np.inf).astype(weight.dtype)
     high, ahead = np.full_like(low, np.inf), np.zeros(rows)
     is_candidate = weight >= low[:, None]
     if np.count_nonzero(is_candidate) > max(_MANY, _MANY_PART * is_candidate.size):
-        low, high, ahead = _bracket(weights, part, total, low)
+        low, high, ahead = _bracket(weight, part, total, low)
         is_candidate = (weight >= low[:, None]) & (weight < high[:, None])
     found = np.flatnonzero(is_candidate)
     counts = np.diff(np.searchsorted(found, np.arange(rows + 1) * vocabulary))
     row = np.repeat(np.arange(rows), counts)
     mine, its_score = weight.ravel()[found].astype(np.float64), score.ravel()[found]
 
-    # By score, over which tokens are spread more evenly than over weight; the first bucket holds the largest.
-    tiny = np.finfo(np.float64).tiny
-    top = np.log(np.clip(high, tiny, largest) / largest)
-    width = np.maximum(top - np.log(np.clip(low, tiny, largest) / largest), 1e-6)
-    place = (top + peak[:, 0].double().numpy())[row] - its_score
-    bucket = np.clip(place * (_BUCKETS / width)[row], 0, _BUCKETS - 1).astype(np.int64) + row * _BUCKETS
-    masses = np.bincount(bucket, weights=mine, minlength=rows * _BUCKETS).reshape(rows, _BUCKETS)
-    reached = ahead[:, None] + masses.cumsum(1)
-    last = _BUCKETS - 1 - (masses[:, ::-1] > 0).argmax(1)
-    edge_bucket = np.minimum((reached < wanted[:, None]).sum(1), last)
-    ahead = np.take_along_axis(reached - masses, edge_bucket[:, None], 1)[:, 0]
-    member = np.flatnonzero(bucket == (edge_bucket + np.arange(rows) * _BUCKETS)[row])
-    edge, count, more = _edge_among(row[member], its_score[member], mine[member], ahead, wanted)
+    if len(found) > _FEW:
+        # The bucket in which the mass is reached holds few.
+        top, bottom = (highest[:, 0] + np.log(np.clip(w, np.finfo(np.float64).tiny, 1.0)) for w in (high, low))
+        buckets = _Buckets(row, its_score, mine, top, bottom, min(vocabulary // _WORDS_A_BUCKET, _MOST_BUCKETS))
+        member, ahead = buckets.in_which(wanted, ahead)
+        row, its_score, mine = row[member], its_score[member], mine[member]
+    edge, count, more = _edge_among(row, its_score, mine, ahead, wanted)
     return torch.from_numpy(edge)[:, None], torch.from_numpy(count), torch.from_numpy(more)
 
 
+class _Buckets:
+    """
+    The mass of tokens by score, over which they lie more evenly than over probability; the first has the largest.
+
+    Args:
+        row, score, mass (`np.ndarray` of shape `[n]`): Of each token.
+        top, bottom (`np.ndarray` of shape `[R]`): Between them lie a row's scores, but for rounding.
+        count (`int`): How many buckets.
+    """
+
+    def __init__(
+        self, row: np.ndarray, score: np.ndarray, mass: np.ndarray, top: np.ndarray, bottom: np.ndarray, count: int
+    ) -> None:
+        self._row, self._count, rows = row, count, len(top)
+        scale = count / np.maximum(top - bottom, 1e-6)
+        of_row = np.clip((top[row] - score) * scale[row], 0, count - 1).astype(np.int64)
+        self._bucket = of_row + row * count
+        self._masses = np.bincount(self._bucket, weights=mass, minlength=rows * count).reshape(rows, count)
+
+    def in_which(self, wanted: np.ndarray, ahead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The tokens of each row's bucket in which `wanted` `[R]` is reached, `ahead` `[R]` being there already; and the
+        mass ahead of that bucket.
+        """
+        rows = np.arange(len(wanted))
+        reached = ahead[:, None] + self._masses.cumsum(1)
+        last = self._count - 1 - (self._masses[:, ::-1] > 0).argmax(1)
+        which = np.minimum((reached < wanted[:, None]).sum(1), last)
+        member = np.flatnonzero(self._bucket == (which + rows * self._count)[self._row])
+        return member, (reached - self._masses)[rows, which]
+
+
 def _bracket(
-    weights: torch.Tensor, part: np.ndarray, total: np.ndarray, low: np.ndarray
+    weight: np.ndarray, part: np.ndarray, total: np.ndarray, low: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights `[R]` between which each row's edge lies for certain, and the mass from the upper one on."""
-    sample = weights[:, ::_STRIDE].sort(-1, descending=True).values
-    share = sample.cumsum(-1, dtype=torch.float64).numpy()
+    sample = -np.sort(-weight[:, ::_STRIDE], axis=-1)
+    share = sample.cumsum(-1, dtype=np.float64)
     share /= np.maximum(share[:, -1:], np.finfo(np.float64).tiny)
-    ranked = np.concatenate([sample.numpy(), np.zeros_like(low)[:, None]], axis=1)
+    ranked = np.concatenate([sample, np.zeros_like(low)[:, None]], axis=1)
     guesses: list[tuple[np.ndarray, np.ndarray]] = []
     for wanted in (part + _MARGIN, part - _MARGIN):
         guess = np.take_along_axis(ranked, (share < wanted[:, None]).sum(1, keepdims=True), 1)
-        is_from_here = torch.from_numpy(weights.numpy() >= guess).to(weights.dtype)
-        reached = torch.linalg.vecdot(weights, is_from_here).double().numpy()
+        reached = np.einsum("ij,ij->i", weight, (weight >= guess).astype(weight.dtype)).astype(np.float64)
         guesses.append((guess[:, 0], reached))
     (below, with_below), (above, with_above) = guesses
     slack = 1e-5 * total

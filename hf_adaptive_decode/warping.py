@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .errors import SamplingParameterError
-from .nucleus import HOST, kth_largest, nucleus_edge
+from .nucleus import HOST, kth_largest, nucleus_edge, row_maxima
 from .types import Field, SamplingParameters
 
 # Below this a temperature is as good as greedy (a gap of 1e-4 becomes e^-100) and dividing by it could overflow.
@@ -67,22 +67,20 @@ def warp_logits(
 
 
 def _warp_into(
-    scores: torch.Tensor, logits: torch.Tensor, parameters: SamplingParameters, maxima: torch.Tensor | None
+    warped: torch.Tensor, logits: torch.Tensor, parameters: SamplingParameters, maxima: torch.Tensor | None
 ) -> None:
-    """[`warp_logits`] of rows that fit together; `scores` may be the logits themselves."""
+    """[`warp_logits`] of rows that fit together, into `warped`, which may be the logits themselves."""
     cuts_ratio = _acts(parameters, "min_p")
     peak = None
     if cuts_ratio or _acts(parameters, "top_p"):
-        peak = logits.amax(-1, keepdim=True) if maxima is None else maxima.to(logits.dtype)[:, None]
-    greedy = None
+        peak = (row_maxima(logits) if maxima is None else maxima.to(logits.dtype))[:, None]
+    greedy, scores = None, logits
     if _acts(parameters, "temperature"):
         t = _column(parameters.temperature, logits).nan_to_num(nan=1.0)
         greedy = _Greedy.among(logits, t)
         t = t.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
-        torch.div(logits, t, out=scores)
+        scores = _divide(logits, t, warped)
         peak = None if peak is None else peak / t  # rounding keeps the order, so this is the largest quotient
-    elif scores is not logits:
-        scores.copy_(logits)
 
     floor = kth_largest(scores, cast(Any, parameters.top_k)) if _acts(parameters, "top_k") else None
     ties = None
@@ -95,12 +93,14 @@ def _warp_into(
         # p < min_p · max p, in log space; log(0) = -inf switches a row off.
         ratio = peak + _column(parameters.min_p, scores).log()
         floor = ratio if floor is None else torch.maximum(floor, ratio)
-    if floor is not None:
-        _drop_below(scores, floor)
+    if floor is None:
+        warped.copy_(scores)
+    else:
+        _keep_above(warped, scores, floor)
     if ties is not None:
-        _drop_ties(scores, *ties)
+        _drop_ties(warped, *ties)
     if greedy is not None:
-        greedy.keep_alone(scores)
+        greedy.keep_alone(warped)
 
 
 def check_scalars(parameters: SamplingParameters) -> None:
@@ -132,38 +132,47 @@ def _column(value: Field, like: torch.Tensor) -> torch.Tensor:
     return value.to(like.device, like.dtype).reshape(-1, 1)
 
 
-def _drop_below(scores: torch.Tensor, floor: torch.Tensor) -> None:
-    """-inf in place of what is below `floor` `[N, 1]`; of NaN, too, which no row with a floor has."""
+def _divide(logits: torch.Tensor, divisor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    if logits.device.type != HOST:
+        return torch.div(logits, divisor, out=out)
+    np.divide(logits.numpy(), divisor.numpy(), out=out.numpy())  # no thread has to be woken for so little
+    return out
+
+
+def _keep_above(warped: torch.Tensor, scores: torch.Tensor, floor: torch.Tensor) -> None:
+    """`scores` `[N, V]` into `warped`, which they may be, with -inf in place of what is below `floor` `[N, 1]`."""
     if scores.device.type != HOST:
-        scores.masked_fill_(scores < floor, _NEVER)
+        warped.copy_(scores).masked_fill_(scores < floor, _NEVER)
         return
     # Few are kept, as a rule. numpy finds them, and leaves out others, several times faster than torch does here.
-    values = scores.detach().numpy()
+    values, found = scores.numpy(), warped.numpy()
     is_kept = values >= floor.numpy()
     if np.count_nonzero(is_kept) > is_kept.size // 8:
-        np.copyto(values, _NEVER, where=~is_kept)
+        warped.copy_(scores)
+        np.copyto(found, _NEVER, where=~is_kept)
         return
     kept = np.flatnonzero(is_kept)
     own = values.ravel()[kept]
-    values.fill(_NEVER)
-    values.reshape(-1)[kept] = own
+    found.fill(_NEVER)
+    found.reshape(-1)[kept] = own
 
 
 def _drop_ties(scores: torch.Tensor, edge: torch.Tensor, count: torch.Tensor, more: torch.Tensor) -> None:
     """Where there are `more` `[N]`, keeps the last `count` `[N]` of the tokens equal to `edge` `[N, 1]`, as a sort."""
-    if scores.device.type == HOST:
-        rows = more.nonzero().squeeze(-1)
-        if len(rows):
-            part = scores[rows]
-            scores[rows] = part.masked_fill_(_surplus(part, edge[rows], count[rows]), _NEVER)
+    if scores.device.type != HOST:
+        tied = scores == edge
+        up_to_here = tied.cumsum(-1)
+        is_surplus = up_to_here[:, -1:] - up_to_here >= count[:, None]
+        scores.masked_fill_(tied & is_surplus & more[:, None], _NEVER)
         return
-    scores.masked_fill_(_surplus(scores, edge, count) & more[:, None], _NEVER)
-
-
-def _surplus(scores: torch.Tensor, edge: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    tied = scores == edge
-    up_to_here = tied.cumsum(-1)
-    return tied & (up_to_here[:, -1:] - up_to_here >= count[:, None])
+    at = np.flatnonzero(more.numpy())
+    if len(at):
+        values, vocabulary = scores.numpy(), scores.shape[-1]
+        equal = np.flatnonzero(values[at] == edge.numpy()[at])
+        place = equal // vocabulary
+        ends = np.searchsorted(place, np.arange(len(at)), side="right")
+        surplus = ends[place] - np.arange(len(equal)) > count.numpy()[at][place]
+        values[at[place[surplus]], equal[surplus] % vocabulary] = _NEVER
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The example and the benchmarks run, at a size that takes seconds."""
+"""The example and the benchmark of rollouts run, at a size that takes seconds."""
 
 import json
 import random
@@ -32,27 +32,23 @@ def test_the_text_example_reports_every_baseline(tmp_path):
     assert (tmp_path / "adapter" / "model.safetensors").exists()
 
 
-def test_the_training_benchmark_runs(tmp_path):
-    sizes = ["--tokens", 64, "--vocab", 2000, "--hidden", 64, "--pairs", 1, "--threads", 1, "--parts", "a"]
-    run("benchmarks/training_step.py", *sizes, "--json", tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text())["ratios"]
-
-
-def test_the_decoding_benchmark_runs(tmp_path):
-    sizes = ["--shape", "tiny", "--vocab", 500, "--batch", 2, "--new-tokens", 2, "--pairs", 1, "--threads", 1]
-    run("benchmarks/decoding.py", *sizes, "--json", tmp_path / "r.json")
-    (row,) = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert {"adaptive / plain sampling", "adaptive / static T + top-p"} <= set(row)
-
-
 def test_the_rollout_benchmark_runs(tmp_path):
     sizes = ["--shape", "tiny", "--vocab", 500, "--batch", 4, "--samples", 2, "--new-tokens", 3, "--pairs", 1]
     sizes += ["--testbed-batch", 4, "--testbed-tokens", 3, "--testbed-budget", 12, "--threads", 1]
-    sizes += ["--prompts", 2, "--updates", 2]
+    sizes += ["--prompts", 2, "--updates", 2, "--mixed-batch", 2, "--testbed-mixed-batch", 2, "--short-tokens", 1]
+    sizes += ["--testbed-short-tokens", 1, "--batches", 2, "--mixed-rounds", 1]
     run("benchmarks/rollout.py", *sizes, "--json", tmp_path / "r.json")
     results = json.loads((tmp_path / "r.json").read_text())["results"]
     models = [(row["part"], row["model"]) for row in results]
-    assert models == [("a", "tiny shape"), ("a", "testbed"), ("b", "testbed"), ("c", "testbed")]
+    assert models == [
+        ("a", "tiny shape"),
+        ("a", "testbed"),
+        ("b", "testbed"),
+        ("c", "testbed"),
+        ("d", "tiny shape"),
+        ("d", "testbed"),
+    ]
+    assert all(results.pop()["tokens a second, refilled / kept"]["median"] > 0 for _ in range(2))
     assert results.pop()["update / rollout"]["median"] > 0
     assert all({"decode, T=1 / generate, whole", "decode, actions / generate, whole"} <= set(row) for row in results)
     made = [[row[f"{name}, tokens made"] for name in ("generate", "decode, actions")] for row in results[:2]]

@@ -254,7 +254,7 @@ def read_chunk(
     if config.easy_token_mask_ratio > 0 and mask_uniform is not None:
         drawn = _drawn_easy(logits.detach(), target, mask_uniform[positions] < config.easy_token_mask_ratio)
         n_easy_dropped = int(drawn.sum())
-    if config.easy_token_mask_target == "both":  # noqa: S105
+    if n_easy_dropped and config.easy_token_mask_target == "both":  # noqa: S105
         # Before anything else looks at these rows: a dropped position costs its projection and nothing more.
         kept = ~drawn
         logits, target, positions, drawn, part = logits[kept], target[kept], positions[kept], drawn[kept], part[kept]

@@ -195,6 +195,12 @@ class EpochCache:
         needed, free = sum(store.bytes for store in missing), _free(folder)
         if needed > free:
             raise self._no_room(needed, free, folder)
+        if missing:
+            positions = sum(store.positions for store in missing)
+            logger.warning(
+                "The epoch cache takes %s bytes of %s free ones in %s: %s positions, %s bytes each.",
+                *(f"{needed:,}", f"{free:,}", folder, f"{positions:,}", f"{self.bytes_a_position:,}"),
+            )
         try:
             for store in self._stores:
                 store.open()
