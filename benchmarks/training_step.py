@@ -50,6 +50,9 @@ from hf_adaptive_decode.policies import HeadsPolicy
 # What (a) and (b) compare is the loss of every position, so that both sides do the same work.
 EVERY_POSITION = DecodingLossConfig(dft_weight="off", easy_token_mask_ratio=0.0)
 TARGETS = [
+    target("plain / chunked", at_least=10.0, where={"part": "a", "logits": "peaked"}),
+    target("added memory, plain / chunked", at_least=30.0, where={"part": "b"}),
+    target("step / frozen forward", at_most=1.15, where={"part": "c", "logits": "peaked"}),
     target("seconds over tokens", at_most=1.1),
     target("seconds over vocabulary", at_most=1.1),
     target("bytes over tokens", at_most=0.1),
