@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -243,17 +242,17 @@ def test_a_reader_of_help_that_leaves_is_no_traceback():
 
 def test_ctrl_c_ends_a_command_in_a_line(tmp_path):
     words = ["train-heads", "--output", str(tmp_path / "out"), "--threads", "1", "--json", "-"]
-    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def listen():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+
+    with subprocess.Popen([*COMMAND, *words], **pipes, preexec_fn=listen) as process:
         seen = ""
         # The first bar is that of the sampling: everything is loaded, and there is much left to do.
         while "solutions at" not in seen:
             seen += process.stderr.read(1)
-        # Python drops an interrupt that arrives within a destructor, so one may have to be repeated.
-        for _ in range(3):
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
-                break
+        process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert out == ""
