@@ -225,6 +225,14 @@ def test_scores_that_are_part_of_something_larger_are_warped_like_any():
     assert torch.equal(warp_logits(scores.t().contiguous().t(), parameters), expected)
 
 
+def test_scores_of_a_model_that_builds_a_graph_are_warped_too():
+    scores = make_rows(5, 2, 4000, "peaked")
+    parameters = SamplingParameters(temperature=0.8, top_p=torch.tensor([0.9, 0.3]))
+    found = warp_logits(scores.clone().requires_grad_(), parameters)
+    assert not found.requires_grad
+    assert torch.equal(found, warp_logits(scores, parameters))
+
+
 def test_many_rows_are_warped_as_each_alone():
     scores = make_rows(3, 40, 60000, "peaked")  # more than fit one block
     parameters = SamplingParameters(temperature=torch.linspace(0.3, 1.5, 40), top_p=torch.linspace(0.2, 0.99, 40))

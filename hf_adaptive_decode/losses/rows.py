@@ -33,8 +33,8 @@ _MASKED_LOGIT = -1e30
 
 # float32 elements worked on at once: three buffers of it stay in a processor's last-level cache, which makes the passes
 # over a block several times cheaper than passes over memory. A GPU prefers fewer, longer kernels.
-_BLOCK_ELEMENTS_CPU = 1 << 20
-_BLOCK_ELEMENTS_GPU = 1 << 26
+BLOCK_ELEMENTS_CPU = 1 << 20
+BLOCK_ELEMENTS_GPU = 1 << 26
 # Tokens ranked at once, of as many blocks as they come from: each of the many small steps then has enough to do.
 _RANKED_TOKENS = 1 << 18
 
@@ -96,7 +96,7 @@ def soft_top_p_nll(
     cut = None if top_p is None else top_p.float()
     _check_parameters(scale, cut, names)
 
-    limit = _BLOCK_ELEMENTS_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_GPU
+    limit = BLOCK_ELEMENTS_CPU if device.type == "cpu" else BLOCK_ELEMENTS_GPU
     size = min(rows, max(1, limit // vocab))
     buffers = torch.empty(3, size, vocab, device=device)
     gradient = None if plain_share is None else torch.empty(rows, vocab, device=device)

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from ..nucleus import largest
+from .rows import BLOCK_ELEMENTS_CPU, BLOCK_ELEMENTS_GPU
 
 # Part of a stored sketch's identity: raise it whenever a field or a constant here changes its meaning.
 SKETCH_VERSION = 1
@@ -43,8 +44,6 @@ _FINE = 2048  # bins a segment
 _BINS = SEGMENTS * _FINE
 _DEEPEST = -1e4  # stands for -inf: its probability underflows to 0 at any allowed T
 _UNIT_NODES = (np.polynomial.legendre.leggauss(NODES)[0] + 1.0) / 2.0
-_BLOCK_ELEMENTS_CPU = 1 << 20
-_BLOCK_ELEMENTS_GPU = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def sketch_rows(logits: torch.Tensor, targets: torch.Tensor) -> Sketch:
         [`Sketch`] of N rows, on the logits' device.
     """
     rows, vocab = logits.shape
-    limit = _BLOCK_ELEMENTS_CPU if logits.device.type == "cpu" else _BLOCK_ELEMENTS_GPU
+    limit = BLOCK_ELEMENTS_CPU if logits.device.type == "cpu" else BLOCK_ELEMENTS_GPU
     size = max(1, limit // max(vocab, _BINS))
     work = torch.empty(3, min(size, rows), vocab, device=logits.device)
     # Counts times weights are no work for the precision that a model may run in.
