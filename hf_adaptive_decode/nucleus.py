@@ -178,7 +178,8 @@ def _places(mask: np.ndarray) -> np.ndarray:
     if flat.size % 8:
         return np.flatnonzero(flat)
     near = (np.flatnonzero(flat.view(np.uint64))[:, None] * 8 + np.arange(8)).reshape(-1)
-    return near[flat[near]]
+    found: np.ndarray = near[flat[near]]
+    return found
 
 
 class _Buckets:

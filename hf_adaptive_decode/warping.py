@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from .blocks import rows_at_once
 from .errors import SamplingParameterError
 from .nucleus import HOST, Edge, kth_largest, nucleus_edge, row_maxima
 from .types import Field, SamplingParameters
@@ -16,8 +17,6 @@ from .types import Field, SamplingParameters
 MIN_TEMPERATURE = 1e-6
 # Above this every finite row is flat, and beyond fp32 a row would become NaN.
 MAX_TEMPERATURE = 1e6
-# Elements worked on at once on a processor: the several passes over a row then read its cache and not the memory.
-_BLOCK_ELEMENTS = 1 << 20
 _OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0}
 _NEVER = -float("inf")
 _MAX_TOP_K = 1 << 31
@@ -59,7 +58,7 @@ def warp_logits(
         return scores
     may_overwrite = (inplace or scores is not logits) and scores.is_contiguous()
     warped = scores if may_overwrite else torch.empty_like(scores, memory_format=torch.contiguous_format)
-    rows = scores.shape[0] if scores.device.type != HOST else max(1, _BLOCK_ELEMENTS // scores.shape[-1])
+    rows = rows_at_once(scores)
     for start in range(0, scores.shape[0], rows):
         part = slice(start, start + rows)
         _warp_into(warped[part], scores[part], parameters.select(part), None if maxima is None else maxima[part])

@@ -22,6 +22,7 @@ LAYERS = (
     (
         "configuration",
         "configuration_checks",
+        "blocks",
         "nucleus",
         "warping",
         "features",
