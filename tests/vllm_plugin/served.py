@@ -17,6 +17,8 @@ from hf_adaptive_decode.policies import HeadsPolicy
 from hf_adaptive_decode.types import DecodeState
 
 VOCABULARY, HIDDEN, EOS = 160, 64, 2
+# An engine that is collected takes the process groups of the others along.
+_ALIVE: list[Any] = []
 FOLDER = Path(tempfile.mkdtemp(prefix="served-"))
 _SHAPE = {
     "vocab_size": VOCABULARY,
@@ -110,8 +112,11 @@ def engine(model: Path, **settings: Any) -> Any:
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
         "seed": 0,
+        "kv_cache_memory_bytes": 32 << 20,
     }
-    return LLM(model=str(model), **(defaults | settings))
+    made = LLM(model=str(model), **(defaults | settings))
+    _ALIVE.append(made)
+    return made
 
 
 def sampling(**settings: Any) -> Any:
