@@ -109,6 +109,13 @@ def test_an_unknown_engine_is_refused_by_the_names_of_those_there_are(base):
             refused()
 
 
+def test_an_unknown_option_of_an_engine_is_refused(base):
+    with pytest.raises(ValueError, match="'transformers' has no option 'pages'; it takes none"):
+        build_engine("transformers", base, Numbers(), pages=3)
+    with pytest.raises(ValueError, match="no option 'pages'; it takes 'batching'"):
+        build_engine("continuous_batching", base, Numbers(), pages=3)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

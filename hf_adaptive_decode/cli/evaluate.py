@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,8 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         default="transformers",
-        choices=["transformers", "continuous_batching", "vllm"],
+        choices=["transformers", "continuous_batching", "vllm", "vllm_server"],
         help="what decodes; a baseline that it cannot is run in transformers",
+    )
+    parser.add_argument(
+        "--engine-options",
+        type=_options,
+        default={},
+        metavar="JSON",
+        help='what the engine takes besides, such as \'{"max_model_len": 4096}\' or \'{"url": "http://localhost:8000"}\'',
     )
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="completions, results and plots; resumed")
     parser.add_argument(
@@ -68,6 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates, prints tables and verdicts, writes files; returns the lines of `results.jsonl`."""
     from transformers import logging
 
+    from ..engines.by_name import build_engine
     from ..evaluation import evaluate_decoding
 
     logging.set_verbosity_error()
@@ -75,21 +84,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_for_adapters(
         args, [one for group in (adapters, rivals) for folders in group.values() for one in folders]
     )
-    found = evaluate_decoding(
-        model,
-        tokenizer,
-        load_tasks(args),
-        adapters,
-        baselines=[*baselines_of(args.baselines), *map(_static, args.static)],
-        rivals=rivals,
-        samples=args.samples,
-        ks=args.k,
-        token_budgets=args.token_budget,
-        seeds=args.seeds,
-        folder=args.output,
-        batch_rows=args.batch_rows,
-        engine=args.engine,
-    )
+    with build_engine(args.engine, model, tokenizer, batch_rows=args.batch_rows, **args.engine_options) as engine:
+        found = evaluate_decoding(
+            model,
+            tokenizer,
+            load_tasks(args),
+            adapters,
+            baselines=[*baselines_of(args.baselines), *map(_static, args.static)],
+            rivals=rivals,
+            samples=args.samples,
+            ks=args.k,
+            token_budgets=args.token_budget,
+            seeds=args.seeds,
+            folder=args.output,
+            batch_rows=args.batch_rows,
+            engine=engine,
+        )
     files = [str(Path(args.output, name)) for name in ("completions.jsonl", "results.jsonl")]
     files += write_gains(found.measures, Path(args.output)) if has_pictures() else []
     files += _write_statics(found.verdicts, model, Path(args.output))
@@ -102,6 +112,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"\n{found.summary()}")
     print(f"\nWritten: {', '.join(files)}")
     return {"lines": found.lines, "files": files}
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} has to be an object, such as {{"max_model_len": 4096}}')
+    return found
 
 
 def _static(text: str) -> Any:

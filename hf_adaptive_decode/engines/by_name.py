@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,9 +11,10 @@ from .continuous import ContinuousBatchingEngine
 from .engine import Engine
 from .transformers import TransformersEngine
 from .vllm import VLLMEngine
+from .vllm_server import VLLMServerEngine
 
 ENGINES: dict[str, type[Engine]] = {
-    engine.name: engine for engine in (TransformersEngine, ContinuousBatchingEngine, VLLMEngine)
+    engine.name: engine for engine in (TransformersEngine, ContinuousBatchingEngine, VLLMEngine, VLLMServerEngine)
 }
 
 
@@ -28,12 +30,19 @@ def build_engine(
         options: What that engine takes besides.
 
     Raises:
-        `ValueError`: If no engine has this name.
+        `ValueError`: If no engine has this name, or it has no such option.
     """
     if isinstance(engine, Engine):
         return engine
     check_engine(engine)
-    return ENGINES[engine](model, tokenizer, batch_rows=batch_rows, **options)
+    kind = ENGINES[engine]
+    parameters = inspect.signature(kind).parameters.values()
+    own = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name != "batch_rows"]
+    unknown = [name for name in options if name not in own]
+    if unknown and not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        known = f"it takes {', '.join(map(repr, own))}" if own else "it takes none"
+        raise ValueError(f"the engine {engine!r} has no option {unknown[0]!r}; {known}.")
+    return kind(model, tokenizer, batch_rows=batch_rows, **options)
 
 
 def check_engine(engine: str | Engine) -> None:

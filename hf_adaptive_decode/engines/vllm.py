@@ -5,34 +5,27 @@ requests and policies, nothing of how a policy decides.
 from __future__ import annotations
 
 import gc
-import os
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import BudgetError, UnsupportedGenerationError
+from ..errors import UnsupportedGenerationError
 from ..policies import DecodingPolicy
 from ..serving.client import RequestTrace, replace_adapter, take_traces
 from ..serving.plugin import PREFIX
 from ..types import Observation, SamplingParameters
 from .base import Completion
-from .deciding import decide_first
-from .engine import Engine
-from .prompts import special_tokens
-from .records import OFF, Decisions, Rows
-from .vllm_settings import constrained_as, route
+from .per_request import PerRequestEngine, check_lengths
+from .records import Decisions, Rows
+from .vllm_settings import route
 from .vllm_start import save_served, start
 
-_SETTINGS = ("temperature", "top_k", "top_p", "min_p")
-_STATIC = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
-
-class VLLMEngine(Engine):
+class VLLMEngine(PerRequestEngine):
     """
     Stock vLLM, colocated: one `vllm.LLM` in this process, started at the first call and kept.
 
@@ -94,15 +87,9 @@ class VLLMEngine(Engine):
             return True
         return bool(self._llm.llm_engine.model_config.hf_config.architectures[0].startswith(PREFIX))
 
-    def _why_not(self, policy: DecodingPolicy) -> str | None:
-        return constrained_as(self.model)[1] or route(policy, self._has_plugin)[1]
-
     def _finished(self, policy: DecodingPolicy, rows: Rows) -> Iterator[tuple[list[int], list[Completion]]]:
         if route(policy, self._has_plugin)[0]:
-            parameters, _ = self._decide(policy, rows)
-            traces = _by_row(parameters)
-            for tokens in self._run(rows, [self._own(trace) for trace in traces]):
-                yield list(tokens), self._completions(tokens, {row: traces[row] for row in tokens})
+            yield from super()._finished(policy, rows)
             return
         self._serve(policy)
         for tokens in self._run(rows, self._served(rows, observed=False)):
@@ -110,35 +97,25 @@ class VLLMEngine(Engine):
             yield list(tokens), self._completions(tokens, {row: taken[row].parameters for row in tokens})
 
     def _recorded(self, policy: DecodingPolicy, rows: Rows) -> tuple[list[Completion], Decisions | None]:
-        found: dict[int, Completion] = {}
         if route(policy, self._has_plugin)[0]:
-            parameters, decisions = self._decide(policy, rows)
-            for tokens in self._run(rows, [self._own(trace) for trace in _by_row(parameters)]):
-                found |= zip(tokens, self._completions(tokens), strict=True)
-            return [found[row] for row in range(len(rows.keys))], decisions
-        self._serve(policy)
+            return super()._recorded(policy, rows)
+        found: dict[int, Completion] = {}
         taken: list[Decisions] = []
+        self._serve(policy)
         for tokens in self._run(rows, self._served(rows, observed=True)):
             for row, trace in self._take(list(tokens)).items():
                 taken += _decisions(row, len(tokens[row]), trace, rows.keys.device)
             found |= zip(tokens, self._completions(tokens), strict=True)
         return [found[row] for row in range(len(rows.keys))], Decisions.in_order(taken)
 
-    def _decide(self, policy: DecodingPolicy, rows: Rows) -> tuple[SamplingParameters, Decisions | None]:
-        policy.warn_beyond(int(rows.token_budget.max()), int(rows.parallel_samples.max()))
-        pad = special_tokens(self.model, self.tokenizer)["pad"]
-        return decide_first(self.model, policy, rows, pad, self.batch_rows)
-
     def _serve(self, policy: DecodingPolicy) -> None:
         """Gives the workers the policy as it is now."""
         replace_adapter(self.llm, save_served(self.model, policy, self._folder.name))
         self._tag = uuid.uuid4().hex
 
-    def _own(self, parameters: SamplingParameters) -> dict[str, Any]:
-        """One row's settings, for vLLM's own sampler."""
-        given = {name: vars(parameters)[name] for name in _SETTINGS}
-        settings = {name: off if given[name] is None else given[name].item() for name, off in _STATIC.items()}
-        return {**settings, **({"extra_args": {"adaptive_decoding": False}} if self._has_plugin else {})}
+    def _settings_of(self, parameters: SamplingParameters) -> dict[str, Any]:
+        opt_out = {"extra_args": {"adaptive_decoding": False}} if self._has_plugin else {}
+        return {**super()._settings_of(parameters), **opt_out}
 
     def _served(self, rows: Rows, observed: bool) -> list[dict[str, Any]]:
         """Every row's settings, for the plugin."""
@@ -162,19 +139,15 @@ class VLLMEngine(Engine):
 
     def _run(self, rows: Rows, settings: Sequence[dict[str, Any]]) -> Iterator[dict[int, list[int]]]:
         """Tokens of rows that have ended, by number."""
+        engine = self.llm.llm_engine  # before the import: it says what to install
         from vllm import SamplingParams
 
-        engine = self.llm.llm_engine
-        _check_lengths(rows, engine.model_config.max_model_len)
-        ends = sorted(special_tokens(self.model, self.tokenizer)["ends"])
-        constraints = constrained_as(self.model)[0]
+        check_lengths(rows, engine.model_config.max_model_len)
         asked = zip(rows.prompt.tolist(), rows.token_budget.tolist(), rows.keys.tolist(), settings, strict=True)
         call, waiting = uuid.uuid4().hex, dict[str, int]()
         try:
             for row, (place, budget, key, how) in enumerate(asked):
-                fixed: dict[str, Any] = {"max_tokens": budget, "seed": key, "stop_token_ids": ends, **constraints}
-                fixed["min_tokens"] = min(fixed.get("min_tokens", 0), budget)
-                params = SamplingParams(**fixed, **how, ignore_eos=True, detokenize=False)
+                params = SamplingParams(**self._limits(budget, key), **how, detokenize=False)
                 name = f"{call}-{row}"
                 engine.add_request(name, {"prompt_token_ids": rows.prompts[place]}, params)
                 waiting[name] = row
@@ -185,37 +158,6 @@ class VLLMEngine(Engine):
         finally:
             if waiting:
                 engine.abort_request(list(waiting))
-
-    def _completions(
-        self, tokens: dict[int, list[int]], parameters: dict[int, SamplingParameters] | None = None
-    ) -> list[Completion]:
-        ends = special_tokens(self.model, self.tokenizer)["ends"]
-        texts = self.tokenizer.batch_decode(list(tokens.values()), skip_special_tokens=True)
-        return [
-            Completion(
-                text, tuple(ids), ids[-1] in ends, **({} if parameters is None else _columns(parameters[row], len(ids)))
-            )
-            for text, (row, ids) in zip(texts, tokens.items(), strict=True)
-        ]
-
-
-def _by_row(parameters: SamplingParameters) -> list[SamplingParameters]:
-    """One for each row, fields of shape `[1]`."""
-    columns = {name: value for name, value in vars(parameters).items() if value is not None}
-    rows = len(next(iter(columns.values())))
-    return [SamplingParameters(**{n: v[row : row + 1] for n, v in columns.items()}) for row in range(rows)]
-
-
-def _columns(parameters: SamplingParameters, length: int) -> dict[str, np.ndarray]:
-    """What [`Completion`] keeps of each token; fields of shape `[1]` hold for all of them."""
-    found = {}
-    for name in ("temperature", "top_p", "action"):
-        value = vars(parameters)[name]
-        if value is None and name == "action":
-            continue
-        column = torch.full((1,), OFF[name]) if value is None else value.cpu()
-        found[name] = (column.expand(length) if len(column) == 1 else column[:length]).numpy().copy()
-    return found
 
 
 def _decisions(row: int, length: int, trace: RequestTrace, device: torch.device) -> list[Decisions]:
@@ -229,16 +171,6 @@ def _decisions(row: int, length: int, trace: RequestTrace, device: torch.device)
     return [Decisions(own, action.to(device)[step], torch.full_like(step, row), step)] if len(step) else []
 
 
-def _check_lengths(rows: Rows, longest: int) -> None:
-    lengths = torch.tensor([len(prompt) for prompt in rows.prompts], device=rows.prompt.device)
-    needed = int((lengths[rows.prompt] + rows.token_budget).max())
-    if needed > longest:
-        raise BudgetError(
-            f"a prompt and its token budget are {needed} tokens long, and vLLM's `max_model_len` is {longest}; lower "
-            "the budget, or pass a larger `max_model_len` to the engine."
-        )
-
-
 def _refuse_unfit(model: PreTrainedModel, llm: Any) -> None:
     if llm is None and not model.config.name_or_path:
         raise UnsupportedGenerationError(
@@ -249,8 +181,10 @@ def _refuse_unfit(model: PreTrainedModel, llm: Any) -> None:
         raise UnsupportedGenerationError(
             "this model carries a LoRA, which vLLM would leave out; merge it into the base and load the result."
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and int(os.environ["WORLD_SIZE"]) > 1:
+    distributed = torch.distributed
+    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if llm is None and processes > 1:
         raise UnsupportedGenerationError(
-            'the engine "vllm" shares its process with one training process, and here are '
-            f'{os.environ["WORLD_SIZE"]}; take the engine "transformers", which each of them has.'
+            f'the engine "vllm" shares its process with one training process, and here are {processes}; take the '
+            'engine "transformers", which each of them has.'
         )

@@ -71,10 +71,10 @@ def route(policy: DecodingPolicy, with_plugin: bool) -> tuple[bool, str | None]:
             'engine "transformers".'
         )
     if not with_plugin:
-        without = "vLLM's own sampler decides no token by its hidden state" if why is None else f"of vLLM, {why}"
+        without = "it decides no token by its hidden state" if why is None else why
         return False, (
-            f"{without}, and this `llm` was started without the library's plugin; start it with an adapter's folder "
-            "as its model, or let the engine start one."
+            f"vLLM's own sampler alone cannot draw as {kind} says: {without}. The library's plugin can: take the "
+            'engine "vllm" and let it start vLLM, or start your own with an adapter\'s folder as its model.'
         )
     return False, None
 
