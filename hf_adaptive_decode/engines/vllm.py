@@ -4,8 +4,6 @@ requests and policies, nothing of how a policy decides.
 
 from __future__ import annotations
 
-import gc
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,14 +13,13 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedGenerationError
 from ..policies import DecodingPolicy
-from ..serving.client import RequestTrace, replace_adapter, take_traces
-from ..serving.plugin import PREFIX
+from ..serving.client import RequestTrace, take_traces
 from ..types import Observation, SamplingParameters
 from .base import Completion
 from .per_request import PerRequestEngine, check_lengths
 from .records import Decisions, Rows
 from .vllm_settings import route
-from .vllm_start import save_served, start
+from .vllm_start import Colocated
 
 
 class VLLMEngine(PerRequestEngine):
@@ -60,32 +57,21 @@ class VLLMEngine(PerRequestEngine):
     ) -> None:
         super().__init__(model, tokenizer, batch_rows=batch_rows)
         _refuse_unfit(model, llm)
-        self._llm, self._is_ours, self._options = llm, llm is None, options
-        self._folder = tempfile.TemporaryDirectory(prefix="decoding-adapter-")
+        self._host = Colocated(model, batch_rows, options, llm)
         self._tag = ""
 
     @property
     def llm(self) -> Any:
         """The `vllm.LLM`, which is started if there is none yet."""
-        if self._llm is None:
-            self._llm = start(self.model, self._folder.name, self.batch_rows, self._options)
-        return self._llm
+        return self._host.llm
 
     def close(self) -> None:
         """Shuts the engine down, unless it was given, and deletes its files."""
-        if self._llm is not None and self._is_ours:
-            self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
-        self._folder.cleanup()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._host.close()
 
     @property
     def _has_plugin(self) -> bool:
-        if self._llm is None:
-            return True
-        return bool(self._llm.llm_engine.model_config.hf_config.architectures[0].startswith(PREFIX))
+        return self._host.has_plugin
 
     def _finished(self, policy: DecodingPolicy, rows: Rows) -> Iterator[tuple[list[int], list[Completion]]]:
         if route(policy, self._has_plugin)[0]:
@@ -109,8 +95,7 @@ class VLLMEngine(PerRequestEngine):
         return [found[row] for row in range(len(rows.keys))], Decisions.in_order(taken)
 
     def _serve(self, policy: DecodingPolicy) -> None:
-        """Gives the workers the policy as it is now."""
-        replace_adapter(self.llm, save_served(self.model, policy, self._folder.name))
+        self._host.serve(policy)
         self._tag = uuid.uuid4().hex
 
     def _settings_of(self, parameters: SamplingParameters) -> dict[str, Any]:
