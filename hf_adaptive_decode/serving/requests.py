@@ -12,7 +12,8 @@ from ..errors import BudgetError, SamplingParameterError, UnsupportedGenerationE
 _OPT_OUT = '`vllm_xargs={"adaptive_decoding": false}`'
 # What vLLM takes for "off", besides the values that it puts in itself.
 _OFF = {"temperature": (1.0,), "top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,)}
-_YES, _NO = (True, "true", "True", "1"), (False, "false", "False", "0")
+# JSON's true is 1 by the time that vLLM has read it.
+_YES, _NO = (True, "true"), (False, "false")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_settings(asked: Mapping[str, Any] | None) -> RequestSettings:
         return RequestSettings()
     budgets = {name: _budget(asked, name) for name in ("token_budget", "parallel_budget")}
     trace = asked.get("decoding_trace", False)
-    is_tag = isinstance(trace, str) and trace not in _YES + _NO
+    is_tag = isinstance(trace, str)
     settings = RequestSettings(
         adaptive=_switch(asked, "adaptive_decoding", True),
         token_budget=budgets["token_budget"],
