@@ -90,7 +90,8 @@ class VLLMEngine(PerRequestEngine):
         self._serve(policy)
         for tokens in self._run(rows, self._served(rows, observed=True)):
             for row, trace in self._take(list(tokens)).items():
-                taken += _decisions(row, len(tokens[row]), trace, rows.keys.device)
+                length = 1 if policy.decides_once else len(tokens[row])
+                taken += _decisions(row, length, trace, rows.keys.device)
             found |= zip(tokens, self._completions(tokens), strict=True)
         return [found[row] for row in range(len(rows.keys))], Decisions.in_order(taken)
 
@@ -146,7 +147,7 @@ class VLLMEngine(PerRequestEngine):
 
 
 def _decisions(row: int, length: int, trace: RequestTrace, device: torch.device) -> list[Decisions]:
-    """What a policy itself decided of a row's tokens."""
+    """What a policy itself decided of a row's first `length` tokens."""
     action, seen = trace.parameters.action, trace.observation
     if action is None or seen is None:
         return []

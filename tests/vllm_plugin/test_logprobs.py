@@ -89,7 +89,9 @@ def test_preempted_requests_go_on_as_they_were(name):
         Asked(prompt, {"max_tokens": 90, "extra_args": {"decoding_trace": str(n), "parallel_budget": 2}})
         for n, prompt in enumerate(tiny.prompts(4, 20, seed=5).tolist())
     ]
-    asked.append(Asked(asked[0].prompt, {"max_tokens": 70, "n": 2, "extra_args": asked[0].extra | {"decoding_trace": "n"}}))
+    asked.append(
+        Asked(asked[0].prompt, {"max_tokens": 70, "n": 2, "extra_args": asked[0].extra | {"decoding_trace": "n"}})
+    )
     outputs = run(llm, asked)
     preemptions = next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     assert preemptions >= 2

@@ -167,6 +167,19 @@ def test_a_sequence_policy_decides_what_it_decides_in_transformers(engine, base,
     assert actions == ours.action.tolist()
 
 
+def test_a_sequence_policy_that_vllm_would_sample_otherwise_decides_in_the_worker(engine, base, tokenizer):
+    odd = [{"temperature": 1.0, "top_p": 0.5, "min_p": 0.1}, {"temperature": 0.0}]
+    policy = policy_of(base, policy="sequence_actions", actions=odd)
+    rows = rows_of(tokenizer)
+    theirs = decode(base, policy, rows, ends={tokenizer.eos_token_id}, pad=0, records="decisions").decisions
+    _, ours = engine.roll_out(policy, rows)
+    assert torch.equal(ours.row, theirs.row)
+    assert not ours.step.any()
+    torch.testing.assert_close(ours.seen.context, theirs.seen.context, rtol=1e-3, atol=1e-3)
+    traced = engine.complete(PROMPTS, samples=4, token_budget=12, policy=policy)
+    assert all(len(set(one.action.tolist())) == 1 for group in traced for one in group)
+
+
 def test_a_token_policys_decisions_are_brought_back_from_the_worker(engine, base, tokenizer):
     policy = policy_of(base, policy="token_actions", actions=ACTIONS, max_prob_mask=0.8)
     rows = rows_of(tokenizer)
