@@ -48,9 +48,15 @@ class Slot:
 
 
 class HeldDecisions:
-    """What was decided at the first step of each request, for policies that decide once."""
+    """
+    What was decided at the first step of each request, for policies that decide once.
 
-    def __init__(self) -> None:
+    Args:
+        places (`int`): How many requests there may be.
+    """
+
+    def __init__(self, places: int = MAX_REQUESTS) -> None:
+        self._places = places
         self._tables: dict[str, torch.Tensor] = {}
 
     def keep(self, parameters: SamplingParameters, slots: torch.Tensor, fresh: torch.Tensor) -> SamplingParameters:
@@ -69,7 +75,7 @@ class HeldDecisions:
                 continue
             table = self._tables.get(name)
             if table is None:
-                table = self._tables[name] = value.new_zeros(MAX_REQUESTS)
+                table = self._tables[name] = value.new_zeros(self._places)
             kept[name] = torch.where(fresh, value, table[slots])
             table[slots] = kept[name]
         return replace(parameters, **kept)

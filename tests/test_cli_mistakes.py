@@ -166,6 +166,7 @@ OWN = [
     ("evaluate", ["--task", "gsm8k="], "has no path"),
     ("evaluate", ["--reward", "math"], "--reward is for --dataset"),
     ("evaluate", ["--adapter", "=adapter"], "NAME=FOLDER"),
+    ("evaluate", ["--engine-options", '{"pages": 3}'], "'transformers' has no option 'pages'"),
     ("trace", ["--adapter", "adapter", "--versus", "T=hot"], "has to be a number"),
     ("trace", ["--chat", "--prompt", "a"], "--chat needs a chat template"),
     ("trace", ["--problem", "5000"], "has only about"),
@@ -188,6 +189,9 @@ def test_a_mistake_of_one_command(here, capsys, command, words, said):
     ("command", "words", "said"),
     [
         ("demo", ["--samples", "0"], "--samples"),
+        ("evaluate", ["--engine", "vlm"], "--engine"),
+        ("evaluate", ["--engine-options", "[1]"], "has to be an object"),
+        ("evaluate", ["--engine-options", "{"], "is no JSON"),
         ("demo", ["--dft-weight", "much"], "--dft-weight"),
         ("trace", ["--prompt", "a", "--problem", "1"], "not allowed with"),
         ("trace", ["--problem", "-1"], "--problem"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a static setting of your own as one more baseline: T=0.7,top_p=0.9 (also top_k and min_p); repeatable",
     )
     parser.add_argument("--batch-rows", type=positive, default=256, help="sequences decoded at once")
+    parser.add_argument(
+        "--engine",
+        default="transformers",
+        choices=["transformers", "continuous_batching", "vllm", "vllm_server"],
+        help="what decodes; a baseline that it cannot is run in transformers",
+    )
+    parser.add_argument(
+        "--engine-options",
+        type=_options,
+        default={},
+        metavar="JSON",
+        help='what the engine takes besides, such as \'{"max_model_len": 4096}\' or \'{"url": "http://localhost:8000"}\'',
+    )
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="completions, results and plots; resumed")
     parser.add_argument(
         "--update-cards", action="store_true", help="write results and verdict into the cards of local adapters"
@@ -62,6 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates, prints tables and verdicts, writes files; returns the lines of `results.jsonl`."""
     from transformers import logging
 
+    from ..engines.by_name import build_engine
     from ..evaluation import evaluate_decoding
 
     logging.set_verbosity_error()
@@ -69,30 +84,44 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_for_adapters(
         args, [one for group in (adapters, rivals) for folders in group.values() for one in folders]
     )
-    found = evaluate_decoding(
-        model,
-        tokenizer,
-        load_tasks(args),
-        adapters,
-        baselines=[*baselines_of(args.baselines), *map(_static, args.static)],
-        rivals=rivals,
-        samples=args.samples,
-        ks=args.k,
-        token_budgets=args.token_budget,
-        seeds=args.seeds,
-        folder=args.output,
-        batch_rows=args.batch_rows,
-    )
+    with build_engine(args.engine, model, tokenizer, batch_rows=args.batch_rows, **args.engine_options) as engine:
+        found = evaluate_decoding(
+            model,
+            tokenizer,
+            load_tasks(args),
+            adapters,
+            baselines=[*baselines_of(args.baselines), *map(_static, args.static)],
+            rivals=rivals,
+            samples=args.samples,
+            ks=args.k,
+            token_budgets=args.token_budget,
+            seeds=args.seeds,
+            folder=args.output,
+            batch_rows=args.batch_rows,
+            engine=engine,
+        )
     files = [str(Path(args.output, name)) for name in ("completions.jsonl", "results.jsonl")]
     files += write_gains(found.measures, Path(args.output)) if has_pictures() else []
     files += _write_statics(found.verdicts, model, Path(args.output))
     if args.update_cards:
         update_cards(found, adapters)
     print(f"\nIn per cent with 95 % intervals over problems; gains are paired by problem.\n\n{found.table()}")
+    for reason in dict.fromkeys(line["engine_refused"] for line in found.measures if "engine_refused" in line):
+        print(f"\nRun in transformers: {reason}")
     if found.verdicts:
         print(f"\n{found.summary()}")
     print(f"\nWritten: {', '.join(files)}")
     return {"lines": found.lines, "files": files}
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} has to be an object, such as {{"max_model_len": 4096}}')
+    return found
 
 
 def _static(text: str) -> Any:

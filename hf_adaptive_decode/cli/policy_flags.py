@@ -77,6 +77,12 @@ def _training_arguments(group: Any) -> None:
     group.add_argument("--prefilter-samples", type=count, default=0, help="samples a prompt to filter prompts by")
     group.add_argument("--learning-rate", type=float, default=3e-3)
     group.add_argument("--rollout-batch-rows", type=positive, help="most completions decoded at once in training")
+    group.add_argument(
+        "--rollout-engine",
+        default="transformers",
+        choices=["transformers", "continuous_batching", "vllm", "vllm_server"],
+        help="what decodes in training",
+    )
     add_run_arguments(group, save_steps=20)
     group.add_argument("--log-completions", action="store_true", help="write them to DIR/training/completions")
 

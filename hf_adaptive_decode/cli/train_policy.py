@@ -27,7 +27,7 @@ _FREE_WITHOUT_PRIOR = {"validation_problems", "eval_samples"}
 # Of the trainer's arguments those that the command has flags for, by their names there.
 _SAME = ["num_generations", "budget", "parallel_budget", "reward_aggregation", "baseline", "entropy_coef", "kl_coef"]
 _SAME += ["cot_ratio", "cot_template", "prefilter_samples", "learning_rate", "rollout_batch_rows", "seed"]
-_SAME += ["report_to", "log_completions"]
+_SAME += ["report_to", "log_completions", "rollout_engine"]
 _OWN = {name: f"--{name.replace('_', '-')}" for name in [*_SAME, "max_prob_mask"]}
 _OWN |= {"per_device_train_batch_size": "--prompts-per-step"}
 Row = dict[str, Any]

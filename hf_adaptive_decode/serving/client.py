@@ -54,6 +54,16 @@ def load_adapter(llm: Any, path: str | os.PathLike[str]) -> None:
     llm.collective_rpc("load_decoding_adapter", args=(os.fspath(path),))
 
 
+def replace_adapter(llm: Any, path: str | os.PathLike[str]) -> None:
+    """
+    Another policy for a running engine between two requests, of whatever kind: an adapter's folder on the same base.
+
+    Raises:
+        `Exception`: As the engine passes a worker's [`AdapterLoadError`] on.
+    """
+    llm.collective_rpc("replace_decoding_adapter", args=(os.fspath(path),))
+
+
 def _trace(record: dict[str, Any]) -> RequestTrace:
     columns = {name: torch.tensor(record[name], dtype=torch.float32) for name in ("temperature", "top_p", "min_p")}
     action = torch.tensor(record["action"], dtype=torch.long) if record["action"] else None

@@ -99,10 +99,12 @@ class ServedAdapter:
         source (`str`): Where it came from, for messages.
         engine (`str`): Id of the engine; what runs in it finds the adapter by it.
         seed (`int`): Of the random numbers of requests that have no seed of their own.
+        device (`torch.device`): The model's.
     """
 
-    def __init__(self, policy: DecodingPolicy, source: str, engine: str, seed: int) -> None:
+    def __init__(self, policy: DecodingPolicy, source: str, engine: str, seed: int, device: torch.device) -> None:
         self.policy, self.source = policy, source
+        self._device = device
         self.recorder = Recorder()
         self.slots = Slots()
         self._held = HeldDecisions()
@@ -208,6 +210,22 @@ class ServedAdapter:
                 )
             weights = files.weights
         load_into(self.policy, weights)
+
+    def replace(self, path: str) -> None:
+        """
+        Takes another policy, whatever its settings; requests that are under way would go on by it.
+
+        Raises:
+            [`AdapterLoadError`]: If the folder holds no adapter, or one of another shape.
+        """
+        files = locate(path)
+        config = files.read_config()
+        for name in ("hidden_size", "vocab_size"):
+            found, wanted = vars(config)[name], vars(self.policy.config)[name]
+            if found != wanted:
+                raise AdapterLoadError(f"the adapter {path!r} was made for {name} {found}, and the base has {wanted}.")
+        self.policy = read_served(path, config, files, self._device)
+        self.source = path
 
 
 def served_by(engine: str) -> ServedAdapter:

@@ -117,8 +117,9 @@ def open_adapter(vllm_config: Any) -> ServedAdapter:
     model_config = vllm_config.model_config
     source = source_in(model_config.hf_config)
     files, config = read_settings_of(source, *shape_of(model_config))
-    policy = read_served(source.path, config, files, vllm_config.device_config.device)
-    return ServedAdapter(policy, source.path, vllm_config.instance_id, model_config.seed or 0)
+    device = vllm_config.device_config.device
+    policy = read_served(source.path, config, files, device)
+    return ServedAdapter(policy, source.path, vllm_config.instance_id, model_config.seed or 0, device)
 
 
 def shape_of(model_config: Any) -> tuple[int, int]:

@@ -22,6 +22,15 @@ class AdapterWorker:
         """
         self._decoding_adapter().load(path)
 
+    def replace_decoding_adapter(self, path: str) -> None:
+        """
+        Replaces the policy, by one of whatever kind, while no request is under way.
+
+        Args:
+            path (`str`): An adapter's folder, where the worker runs.
+        """
+        self._decoding_adapter().replace(path)
+
     def take_decoding_traces(self, tags: list[str]) -> dict[str, list[dict[str, Any]]]:
         """What was decided for requests with these values of `decoding_trace`; see [`~records.Recorder.take`]."""
         return self._decoding_adapter().recorder.take(tags)
