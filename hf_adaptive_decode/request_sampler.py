@@ -26,7 +26,44 @@ _MAX_REQUESTS = 1 << 16
 _SLOT = "_decoding_slot"
 
 
-class _Column(ContinuousBatchingLogitsProcessor):
+class BatchTap:
+    """
+    The hidden states that predict the tokens of a batch of requests.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Its calls by continuous batching are heard, and no others.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._heard = threading.local()  # a manager decodes in a thread of its own
+        self._hooks = [
+            cast(nn.Module, model).register_forward_pre_hook(self._hear_call, with_kwargs=True),
+            output_embedding(model).register_forward_pre_hook(self._hear_hidden),
+        ]
+
+    def take(self) -> torch.Tensor:
+        """`[rows, H]`, of the call that this thread is in."""
+        hidden: torch.Tensor
+        hidden, self._heard.hidden = self._heard.hidden, None
+        return hidden
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hear_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._heard.is_batch = "logits_indices" in kwargs
+        # A model that keeps all its logits has all hidden states enter its output embedding, too.
+        self._heard.rows = None if "logits_to_keep" in kwargs else kwargs.get("logits_indices")
+
+    def _hear_hidden(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if getattr(self._heard, "is_batch", False):
+            hidden = args[0].flatten(0, -2)
+            self._heard.hidden = hidden if self._heard.rows is None else hidden[self._heard.rows]
+
+
+class Column(ContinuousBatchingLogitsProcessor):
     """One number a request, which transformers carries to the device along with its own; changes no scores."""
 
     ignored_kwargs: tuple[str, ...] = ()
@@ -40,9 +77,11 @@ class _Column(ContinuousBatchingLogitsProcessor):
         self._longest = 0
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        """What stands where there is no request."""
         int32_tensor.copy_(self._default.view(torch.int32).to(int32_tensor.device).expand_as(int32_tensor))
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> torch.Tensor:
+        """The numbers of the requests that are to have a token."""
         values = [self._read(request.state) for request in requests_with_new_token]
         # The storage keeps what an earlier and larger batch left in it, and rows behind the last request are run too.
         self._longest = max(self._longest, len(values))
@@ -51,6 +90,7 @@ class _Column(ContinuousBatchingLogitsProcessor):
         return padded.view(torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        """Remembers the numbers as `values` `[rows]`."""
         self.values = tensor_arg[: scores.shape[0]].view(self._default.dtype)
         return scores
 
@@ -112,45 +152,30 @@ class RequestSampler:
         self._explicit = explicit
         slots = _Slots()
         nan = float("nan")
-        self._remaining = _Column(_remaining, 1, torch.int32)
-        self._samples = _Column(_asked("samples", samples), samples, torch.int32, samples=int)
-        self._temperature = _Column(_asked("temperature", nan), nan, torch.float32, temperature=float)
-        self._top_p = _Column(_asked("top_p", nan), nan, torch.float32, top_p=float)
+        self._remaining = Column(remaining_tokens, 1, torch.int32)
+        self._samples = Column(asked("samples", samples), samples, torch.int32, samples=int)
+        self._temperature = Column(asked("temperature", nan), nan, torch.float32, temperature=float)
+        self._top_p = Column(asked("top_p", nan), nan, torch.float32, top_p=float)
         # In this order: asking for a slot makes it, and being asked whether it is fresh it ceases to be.
-        self._slot = _Column(lambda state: slots.of(state).index, 0, torch.int32)
-        self._fresh = _Column(lambda state: _use(slots.of(state)), 0, torch.int32)
+        self._slot = Column(lambda state: slots.of(state).index, 0, torch.int32)
+        self._fresh = Column(lambda state: _use(slots.of(state)), 0, torch.int32)
         columns = [self._remaining, self._samples, self._temperature, self._top_p, self._slot, self._fresh]
-        self.processors = [*columns, _Last(self)]
+        self.processors = [*columns, Last(self.sample)]
         self.tensors_required = len(self.processors)
         self._tables: dict[str, torch.Tensor] = {}
-        self._heard = threading.local()  # a manager decodes in a thread of its own
-        self._hooks = [
-            cast(nn.Module, model).register_forward_pre_hook(self._hear_call, with_kwargs=True),
-            output_embedding(model).register_forward_pre_hook(self._hear_hidden),
-        ]
+        self._tap = BatchTap(model)
 
     def close(self) -> None:
         """Removes the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _hear_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._heard.is_batch = "logits_indices" in kwargs
-        # A model that keeps all its logits has all hidden states enter its output embedding, too.
-        self._heard.rows = None if "logits_to_keep" in kwargs else kwargs.get("logits_indices")
-
-    def _hear_hidden(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if getattr(self._heard, "is_batch", False):
-            hidden = args[0].flatten(0, -2)
-            self._heard.hidden = hidden if self._heard.rows is None else hidden[self._heard.rows]
+        self._tap.close()
 
     @torch.no_grad()
     def sample(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores `[rows, V]` → warped scores `[rows, V]`."""
         checked = not (scores.is_cuda and torch.cuda.is_current_stream_capturing())
         maxima = check_scores(scores, 0) if checked else scores.amax(-1)
-        hidden, self._heard.hidden = self._heard.hidden, None
-        state = DecodeState(hidden, scores, self._remaining.values.long(), self._samples.values.long(), maxima=maxima)
+        hidden, remaining, samples = self._tap.take(), self._remaining.values.long(), self._samples.values.long()
+        state = DecodeState(hidden, scores, remaining, samples, maxima=maxima)
         parameters = self._policy(state)
         warn_if_overruled(parameters, self._explicit)
         if checked:
@@ -175,18 +200,19 @@ class RequestSampler:
         return replace(parameters, **kept)
 
 
-class _Last(_Column):
-    """Warps by what the columns before it hold."""
+class Last(Column):
+    """Changes scores `[rows, V]` by what the columns before it hold."""
 
-    def __init__(self, sampler: RequestSampler) -> None:
+    def __init__(self, sample: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__(lambda state: 0, 0, torch.int32)
-        self._sampler = sampler
+        self._sample = sample
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        return self._sampler.sample(scores)
+        """Sampled scores."""
+        return self._sample(scores)
 
 
-def _remaining(state: RequestState) -> int:
+def remaining_tokens(state: RequestState) -> int:
     """b_t: tokens that a request may still generate, the one that is sampled now included."""
     prompt: int = state._true_initial_tokens or len(state.initial_tokens)
     if state.max_new_tokens is None:
@@ -198,7 +224,8 @@ def _remaining(state: RequestState) -> int:
     return max(budget - read, 1)
 
 
-def _asked(name: str, default: Any) -> Callable[[RequestState], Any]:
+def asked(name: str, default: Any) -> Callable[[RequestState], Any]:
+    """Reads what a request named, or the default."""
     return lambda state: state.logit_processor_kwargs.get(name, default)
 
 

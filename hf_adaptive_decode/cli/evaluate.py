@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a static setting of your own as one more baseline: T=0.7,top_p=0.9 (also top_k and min_p); repeatable",
     )
     parser.add_argument("--batch-rows", type=positive, default=256, help="sequences decoded at once")
+    parser.add_argument(
+        "--engine",
+        default="transformers",
+        choices=["transformers", "continuous_batching", "vllm"],
+        help="what decodes; a baseline that it cannot is run in transformers",
+    )
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="completions, results and plots; resumed")
     parser.add_argument(
         "--update-cards", action="store_true", help="write results and verdict into the cards of local adapters"
@@ -82,6 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seeds=args.seeds,
         folder=args.output,
         batch_rows=args.batch_rows,
+        engine=args.engine,
     )
     files = [str(Path(args.output, name)) for name in ("completions.jsonl", "results.jsonl")]
     files += write_gains(found.measures, Path(args.output)) if has_pictures() else []
@@ -89,6 +96,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.update_cards:
         update_cards(found, adapters)
     print(f"\nIn per cent with 95 % intervals over problems; gains are paired by problem.\n\n{found.table()}")
+    for reason in dict.fromkeys(line["engine_refused"] for line in found.measures if "engine_refused" in line):
+        print(f"\nRun in transformers: {reason}")
     if found.verdicts:
         print(f"\n{found.summary()}")
     print(f"\nWritten: {', '.join(files)}")

@@ -29,6 +29,10 @@ class Constraints:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Whose generation config says what they are.
+
+    Attributes:
+        found (`LogitsProcessorList`): The processors for a prompt of one token.
+        any (`bool`): Whether there are any.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -37,9 +41,9 @@ class Constraints:
         self._config.do_sample, self._config.num_beams = False, 1
         self._config.forced_eos_token_id = None  # it is forced at the one length of all rows; here each has its own
         model._prepare_special_tokens(self._config, kwargs_has_attention_mask=True, device=model.device)
-        found = self._processors(torch.ones(1, 1, dtype=torch.long, device=model.device), 1)
-        self.any = bool(found)
-        self._grouped = not all(map(_is_lengthless, found))
+        self.found = self._processors(torch.ones(1, 1, dtype=torch.long, device=model.device), 1)
+        self.any = bool(self.found)
+        self._grouped = not all(map(_is_lengthless, self.found))
 
     def group(self, mask: torch.Tensor, prompt_tokens: torch.Tensor) -> list[Group]:
         """

@@ -17,13 +17,11 @@ from ..types import DecodeState, SamplingParameters
 from ..warping import warp_logits
 from .places import Places
 from .queueing import Entrants, Queue
-from .records import Decisions, Decoded, Rows
+from .records import NOTHING, OFF, Decisions, Decoded, Rows, traced
 from .stepping import Read, SteppedModel
 
 # Rows that have ended are dropped once they are this part of the batch: dropping copies the cache.
 _WORTH_DROPPING = 0.1
-_OFF = {"temperature": 1.0, "top_p": 1.0}
-_NOTHING = {"tokens": -1, "temperature": float("nan"), "top_p": float("nan"), "action": -1}
 
 
 class Decoding:
@@ -55,8 +53,7 @@ class Decoding:
         self._columns = {name: vars(rows)[name].to(on) for name in names}
         self._queue = Queue(stepped, rows.prompts, rows.prompt.tolist())
         self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=on)
-        traced = ("temperature", "top_p", *(("action",) if policy.has_actions else ()))
-        self.kept = {name: _NOTHING[name] for name in ("tokens", *(traced if records == "parameters" else ()))}
+        self.kept = {name: NOTHING[name] for name in ("tokens", *(traced(policy) if records == "parameters" else ()))}
         self.longest = int(rows.token_budget.max())
         self.decisions: list[Decisions] = []
         policy.warn_beyond(self.longest, int(rows.parallel_samples.max()))
@@ -138,8 +135,8 @@ class Decoding:
         for name in self.kept:
             if name != "tokens":
                 value = vars(parameters)[name]
-                value = torch.as_tensor(_OFF[name] if value is None else value).expand(len(now.row))
-                now.write(name, value, _NOTHING[name])
+                value = torch.as_tensor(OFF[name] if value is None else value).expand(len(now.row))
+                now.write(name, value, NOTHING[name])
         parameters = parameters.to(logits.device)
         if not isinstance(parameters.temperature, torch.Tensor) and parameters.temperature == 0:
             tokens = logits.argmax(-1)

@@ -10,7 +10,8 @@ import torch
 from ..randomness import row_uniforms
 from ..types import SamplingParameters, is_per_row
 
-_ACTION, _TOKEN = 0, 1
+# Streams of a row's random numbers: for what the policy draws, and for the token.
+FOR_ACTION, FOR_TOKEN = 0, 1
 # Steps whose random numbers are made at once.
 _AHEAD = 16
 _COLUMNS = ("row", "keys", "token_budget", "parallel_samples", "step", "going", "ended", "newest")
@@ -77,7 +78,7 @@ class Places:
         """Random numbers of the step, `[N]`, `torch.float64`: for what the policy draws, and for the token."""
         if not self._uniforms:
             steps = self.step + torch.arange(_AHEAD, device=self.step.device)[:, None]
-            both = [row_uniforms(self.keys, steps, stream).unbind() for stream in (_ACTION, _TOKEN)]
+            both = [row_uniforms(self.keys, steps, stream).unbind() for stream in (FOR_ACTION, FOR_TOKEN)]
             self._uniforms = list(zip(*both, strict=True))[::-1]
         return self._uniforms.pop()
 

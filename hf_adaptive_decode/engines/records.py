@@ -6,7 +6,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..policies import DecodingPolicy
 from ..types import Observation
+
+# What a parameter that a policy leaves out means, and what stands behind a row's end.
+OFF = {"temperature": 1.0, "top_p": 1.0}
+NOTHING = {"tokens": -1, "temperature": float("nan"), "top_p": float("nan"), "action": -1}
+
+
+def traced(policy: DecodingPolicy) -> tuple[str, ...]:
+    """What is kept of every token besides itself."""
+    return ("temperature", "top_p", *(("action",) if policy.has_actions else ()))
 
 
 @dataclass(frozen=True)

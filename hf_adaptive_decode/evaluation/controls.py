@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from ..actions import candidate_pool, describe
 from ..configuration import AutoDecoConfig
-from ..engines.transformers import complete
 from ..policies import DecodingPolicy, build_policy
 from ..policies.heads import HeadsPolicy
 from ..tap import output_embedding_shape
@@ -166,10 +165,11 @@ def _shuffle(bins: int | None, role: str, c: Contender) -> Iterator[Choice]:
     model, tokenizer = c.model, c.cell.runs.tokenizer
     prompts = [row["prompt"] for row in c.cell.runs.problems("validation")[:_LOOKED_AT]]
     how: dict[str, Any] = {"samples": _SAMPLES_LOOKED_AT, "token_budget": max(c.cell.budgets), "seed": c.seed}
-    how |= {"parallel_budget": max(c.cell.ks), "batch_rows": c.cell.runs.batch_rows}
+    how |= {"parallel_budget": max(c.cell.ks)}
     decoders = []
     for policy in (one.policy for one in c.decoders if one.policy is not None):
-        table = token_table(model, tokenizer, prompts, complete(model, tokenizer, prompts, policy=policy, **how))
+        completions = c.cell.runs.engine.complete(prompts, policy=policy, **how)
+        table = token_table(model, tokenizer, prompts, completions)
         name = f"its parameters shuffled over tokens{' of like entropy' if bins else ''}"
         decoders.append(Decoder(name, None, shuffled(policy, table, bins, parallel_samples=max(c.cell.ks))))
     if decoders:
@@ -202,7 +202,8 @@ def _min_p(c: Contender) -> Iterator[Choice]:
 def _turn(c: Contender) -> Iterator[Choice]:
     prompts = [row["prompt"] for row in c.cell.runs.problems("validation")[:_LOOKED_AT]]
     how: dict[str, Any] = {"token_budget": max(c.cell.budgets), "seed": c.seed, "samples": 1}
-    entropies = measure_entropies(c.model, c.cell.runs.tokenizer, prompts, TURN_TEMPERATURES, **how)
+    runs = c.cell.runs
+    entropies = measure_entropies(c.model, runs.tokenizer, prompts, TURN_TEMPERATURES, **how, engine=runs.engine)
     yield Choice("turn", (static({"temperature": turn_temperature(TURN_TEMPERATURES, entropies)}),))
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..budget import resolve_budget
+from ..engines.by_name import build_engine, check_engine
+from ..engines.engine import Engine
+from ..errors import UnsupportedGenerationError
 from ..hub.bases import base_name
 from ..hub.store import load_adapter
 from ..modeling import AutoDecoForCausalLM
@@ -47,6 +51,7 @@ def evaluate_decoding(
     folder: str | os.PathLike[str] | None = None,
     batch_rows: int = 256,
     show_progress: bool = True,
+    engine: str | Engine = "transformers",
 ) -> Evaluation:
     """
     Measures adapters against everything that is cheaper, and says in plain words whether they help.
@@ -72,21 +77,30 @@ def evaluate_decoding(
             `results.jsonl`. A call that was killed goes on from there and repeats at most one batch.
         batch_rows (`int`): Sequences decoded at once; without effect on the results.
         show_progress (`bool`): Whether to show progress bars.
+        engine (`str` or [`Engine`]): What decodes: `"transformers"`, `"continuous_batching"`, `"vllm"`, or one that is
+            built. A baseline that it refuses is run in transformers, and its measure says so.
 
     Raises:
-        `ValueError`: If a k is above the samples drawn, a task is empty, or a baseline is unknown.
+        `ValueError`: If a k is above the samples drawn, a task is empty, or a baseline or an engine is unknown.
+        [`UnsupportedGenerationError`]: If the engine refuses an adapter.
     """
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     ks = sorted({1, samples * len(seeds)} if ks is None else set(ks))
     budgets = sorted({token_budgets} if isinstance(token_budgets, int) else set(token_budgets))
-    _check(tasks, budgets, ks, samples * len(seeds), baselines)
+    _check(tasks, budgets, ks, samples * len(seeds), baselines, engine)
     sizes: dict[str, Any] = {"samples": samples, "seeds": list(seeds), "token_budgets": budgets}
     store = CompletionStore(None if folder is None else Path(folder, COMPLETIONS_FILE))
-    how = {**sizes, "store": store, "batch_rows": batch_rows, "show_progress": show_progress}
-    cells = [cell for task in tasks for cell in _cells(Runs(model, tokenizer, task, **how), ks)]
     contenders = _decoders(model, _own(model) if adapters is None else adapters)
-    evaluation = Evaluation([provenance(**sizes, ks=ks, model=base_name(model), interval=_INTERVAL)])
-    evaluation.lines += _report_all(cells, contenders, _decoders(model, rivals or {}), baselines, grid)
+    others = _decoders(model, rivals or {})
+    with _running(engine, model, tokenizer, batch_rows, [contenders, others]) as decodes:
+        how = {**sizes, "store": store, "batch_rows": batch_rows, "show_progress": show_progress, "engine": decodes}
+        cells = [cell for task in tasks for cell in _cells(Runs(model, tokenizer, task, **how), ks)]
+        lines = _report_all(cells, contenders, others, baselines, grid)
+        return _evaluation(lines, folder, **sizes, ks=ks, model=base_name(model), engine=decodes.name)
+
+
+def _evaluation(lines: Iterator[dict[str, Any]], folder: str | os.PathLike[str] | None, **facts: Any) -> Evaluation:
+    evaluation = Evaluation([provenance(**facts, interval=_INTERVAL), *lines])
     if folder is not None:
         evaluation.save(Path(folder, RESULTS_FILE))
     return evaluation
@@ -98,6 +112,27 @@ def _cells(runs: Runs, ks: Sequence[int]) -> list[Cell]:
     return [Cell(runs, one, ks) for one in [*((b,) for b in budgets), *([budgets] if len(budgets) > 1 else [])]]
 
 
+@contextmanager
+def _running(
+    engine: str | Engine,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    batch_rows: int,
+    adapters: Sequence[Mapping[str, tuple[Decoder, ...]]],
+) -> Iterator[Engine]:
+    """An engine that decodes by all `adapters`; one that is built here is closed again, another stays open."""
+    built = build_engine(engine, model, tokenizer, batch_rows=batch_rows)
+    try:
+        for name, decoder in ((name, one) for group in adapters for name, of in group.items() for one in of):
+            why = built.refusal(policy=decoder.policy)
+            if why is not None:
+                raise UnsupportedGenerationError(f"the adapter {name!r} cannot be measured: {why}")
+        yield built
+    finally:
+        if built is not engine:
+            built.close()
+
+
 _INTERVAL = "95% bootstrap over problems of the mean over training seeds; gains paired by problem"
 
 
@@ -107,8 +142,10 @@ def _check(
     ks: Sequence[int],
     total: int,
     baselines: Sequence[str | Decoder],
+    engine: str | Engine,
 ) -> None:
     check_names(baselines)
+    check_engine(engine)
     if not tasks:
         raise ValueError("`tasks` is empty; pass at least one `Task`.")
     for task in tasks:
@@ -205,7 +242,11 @@ def _measure(choice: Choice, scores: Scores, cell: Cell) -> dict[str, Any]:
         "seconds_per_1k_tokens": scores.seconds_per_1k_tokens,
         "mean_temperature": means["temperature"],
         "mean_top_p": means["top_p"],
+        "engine": cell.runs.engine_of(first).name,
     }
+    refused = cell.runs.refusal(first)
+    if refused is not None:
+        line["engine_refused"] = refused
     if len(choice.decoders) > 1:
         line["by_training_seed"] = scores.by_seed
     return line if choice.path is None else {**line, "path": choice.path}

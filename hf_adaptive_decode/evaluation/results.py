@@ -98,11 +98,12 @@ def _block(lines: Sequence[Mapping[str, Any]]) -> str:
 def label(line: Mapping[str, Any]) -> str:
     """What a table calls the decoder of a measure."""
     role, decoder = line["role"], line["decoder"]
+    where = f", in {line['engine']}" if "engine_refused" in line else ""
     if role not in ROLES:
-        return str(decoder)
+        return f"{decoder}{where}"
     given = f" for pass@{line['for_k']}" if line["for_k"] is not None else ""
     # Decoders of rules carry their own name in front of their parameters.
-    return f"{ROLES[role]}{given} ({decoder.removeprefix(role).strip(' ()')})"
+    return f"{ROLES[role]}{given} ({decoder.removeprefix(role).strip(' ()')}){where}"
 
 
 def _without_repeats(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

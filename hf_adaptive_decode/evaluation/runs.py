@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..engines.base import Completion
-from ..engines.transformers import complete_batches, is_greedy
+from ..engines.engine import Engine, is_greedy
+from ..engines.transformers import TransformersEngine
 from ..policies import DecodingPolicy
 from .digests import model_digest, policy_digest, rows_digest
 from .runner import Decoder, score_rows
@@ -52,8 +53,8 @@ class Runs:
     """
     Decoders on one task. What has been sampled once, now or by a run before, is not sampled again.
 
-    A completion depends on the decoder, the seed, the problem and the sample's number alone. So the batch size does not
-    matter, and more samples, problems, budgets or decoders add to what is there.
+    In transformers a completion depends on the decoder, the seed, the problem and the sample's number alone. So the
+    batch size does not matter, and more samples, problems, budgets or decoders add to what is there.
 
     Args:
         model, tokenizer: A base or adaptive model and its tokenizer.
@@ -64,6 +65,7 @@ class Runs:
         store ([`CompletionStore`], *optional*): Keeps completions.
         batch_rows (`int`): Most sequences decoded at once.
         show_progress (`bool`): Whether to show progress bars.
+        engine ([`Engine`], *optional*): Decodes whatever it does not refuse; transformers does the rest, or everything.
     """
 
     def __init__(
@@ -78,17 +80,28 @@ class Runs:
         store: CompletionStore | None = None,
         batch_rows: int = 256,
         show_progress: bool = True,
+        engine: Engine | None = None,
     ) -> None:
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.samples, self.seeds, self.token_budgets = samples, tuple(seeds), tuple(sorted(token_budgets))
         self.store = store or CompletionStore()
         self.batch_rows, self.show_progress = batch_rows, show_progress
+        self._transformers = TransformersEngine(model, tokenizer, batch_rows=batch_rows)
+        self.engine = engine or self._transformers
         self._facts = {"model": model_digest(model), "task": task.name, "reward": _name(task.reward)}
         self._digests = {split: rows_digest(self.problems(split)) for split in ("validation", "test")}
 
     def problems(self, split: str) -> Sequence[Row]:
         """The rows of `"validation"` or `"test"`."""
         return self.task.validation if split == "validation" else self.task.test
+
+    def refusal(self, decoder: Decoder) -> str | None:
+        """Why the engine leaves a decoder to transformers; `None` if it does not."""
+        return self.engine.refusal(settings=decoder.settings, policy=decoder.policy)
+
+    def engine_of(self, decoder: Decoder) -> Engine:
+        """What decodes by `decoder`."""
+        return self.engine if self.refusal(decoder) is None else self._transformers
 
     def sample(self, decoder: Decoder, split: str, token_budget: int, parallel_budget: int) -> Sampled:
         """
@@ -105,15 +118,20 @@ class Runs:
         parallel = parallel_budget if hears_samples(decoder.policy) else None
         # With other rows in their places the completions or their rewards would be others.
         facts = {**self._facts, "split": split, "problems": self._digests[split], **_identity(self.model, decoder)}
+        engine = self.engine_of(decoder)
+        if engine.name != TransformersEngine.name:
+            facts["engine"] = engine.name
         parts = []
         for seed in self.seeds:
             own = {**facts, "parallel_budget": parallel, "seed": seed}
             runs = {budget: self.store.run({**own, "token_budget": budget}, decoder.name) for budget in budgets}
-            self._fill(decoder, split, runs, seed + _SHIFTS[split], parallel_budget)
+            self._fill(engine, decoder, split, runs, seed + _SHIFTS[split], parallel_budget)
             parts.append(self.store.done(runs[token_budget]))
         return self._gather(parts, len(self.problems(split)), is_greedy(decoder.settings))
 
-    def _fill(self, decoder: Decoder, split: str, runs: Mapping[int, str], seed: int, parallel: int) -> None:
+    def _fill(
+        self, engine: Engine, decoder: Decoder, split: str, runs: Mapping[int, str], seed: int, parallel: int
+    ) -> None:
         """Samples what is missing of the runs, by budget, and scores it as it ends."""
         problems = self.problems(split)
         each = 1 if is_greedy(decoder.settings) else self.samples
@@ -121,9 +139,7 @@ class Runs:
         wanted = [place for place in places if any(place not in self.store.done(run) for run in runs.values())]
         if not wanted:
             return
-        batches = complete_batches(
-            self.model,
-            self.tokenizer,
+        batches = engine.complete_batches(
             [row["prompt"] for row in problems],
             wanted,
             token_budget=max(runs),
@@ -131,7 +147,6 @@ class Runs:
             settings=decoder.settings,
             policy=decoder.policy,
             seed=seed,
-            batch_rows=self.batch_rows,
         )
         name = f"{self.task.name}, {split}: {decoder.name}"
         began = time.perf_counter()

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..engines.transformers import Prompt, complete, encode_prompt
+from ..engines.engine import Engine
+from ..engines.transformers import Prompt, TransformersEngine, encode_prompt
 from ..losses import IGNORE_INDEX
 from .likelihood import read_documents
 
@@ -130,6 +131,7 @@ def measure_entropies(
     samples: int = 1,
     seed: int = 0,
     batch_rows: int = 256,
+    engine: Engine | None = None,
 ) -> list[float]:
     """
     Mean entropy of the tempered distributions that tokens were sampled from, at each temperature.
@@ -141,15 +143,17 @@ def measure_entropies(
         prompts (sequence of `str` or of message lists): What to complete; answers are not needed.
         temperatures (sequence of `float`): Each above 0.
         token_budget, samples, seed, batch_rows: As [`~engines.transformers.complete`] takes them.
+        engine ([`Engine`], *optional*): Samples; transformers by default.
 
     Returns:
         list of `float`: In nats, one a temperature, over all tokens together.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    how: dict[str, Any] = {"token_budget": token_budget, "samples": samples, "seed": seed, "batch_rows": batch_rows}
+    how: dict[str, Any] = {"token_budget": token_budget, "samples": samples, "seed": seed}
+    engine = engine or TransformersEngine(model, tokenizer, batch_rows=batch_rows)
     means = []
     for temperature in temperatures:
-        found = complete(model, tokenizer, prompts, settings={"temperature": temperature}, **how)
+        found = engine.complete(prompts, settings={"temperature": temperature}, **how)
         texts = [(ids, list(one.token_ids)) for ids, group in zip(encoded, found, strict=True) for one in group]
         total, tokens = 0.0, 0
         for some in read_documents(model, [_document(prompt, answer) for prompt, answer in texts]):

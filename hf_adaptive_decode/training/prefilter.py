@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Subset
 
-from ..engines.transformers import complete
 from .data import DataFormatError
 from .reinforce_arguments import REINFORCEDecodingTrainingArguments
 from .rollouts import RolloutMaker, score_groups
@@ -30,18 +29,18 @@ def prefiltered(
     items = [dataset[index] for index in range(len(dataset))]
     prompts = [item["prompt"] for item in items]
     samples = args.prefilter_samples
-    maker.model.eval()
-    tokenizer = copy.copy(maker.tokenizer)
-    tokenizer.apply_chat_template = partial(maker.tokenizer.apply_chat_template, **(maker.chat_template_kwargs or {}))
-    completions = complete(
-        maker.model,
-        tokenizer,
+    engine = copy.copy(maker.engine)
+    engine.model.eval()
+    engine.batch_rows = args.rollout_batch_rows or 256
+    engine.tokenizer = copy.copy(maker.engine.tokenizer)
+    template = maker.engine.tokenizer.apply_chat_template
+    engine.tokenizer.apply_chat_template = partial(template, **(maker.chat_template_kwargs or {}))
+    completions = engine.complete(
         prompts,
         samples=samples,
         token_budget=maker.drawer.largest_tokens,
         settings={"temperature": 1.0},
         seed=args.seed,
-        batch_rows=args.rollout_batch_rows or 256,
         description=None if args.disable_tqdm else "filtering prompts",
     )
     flat = [one for group in completions for one in group]

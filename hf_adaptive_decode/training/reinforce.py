@@ -104,8 +104,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         rewards = RewardFunctions(reward_funcs, args.reward_weights, args.reward_errors, args.reward_timeout)
         template_kwargs = cast(dict[str, Any] | None, args.chat_template_kwargs)
         self._maker = RolloutMaker(
-            base,
-            processing_class,
+            args.engine(base, processing_class),
             rewards,
             args.drawer(),
             samples=args.num_generations,
@@ -113,7 +112,6 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
             scorer=None if scorer is None else RewardFunctions(scorer, None, args.reward_errors, args.reward_timeout),
             answer_of=answer_of,
             drop_equal=args.drop_equal_groups,
-            batch_rows=args.rollout_batch_rows,
             chat_template_kwargs=template_kwargs,
             seed=args.seed,
         )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainingArguments
 
+from ..engines.by_name import build_engine, check_engine
+from ..engines.engine import Engine
 from ..errors import BudgetError
 from .credit import AGGREGATIONS
 from .prompts import Drawer
@@ -67,10 +69,17 @@ class REINFORCEDecodingTrainingArguments(TrainingArguments):
         final_learning_rate_ratio (`float`, *optional*, defaults to 0.1):
             The learning rate decays exponentially (Table 15) to this part of itself; `None` leaves it to
             `lr_scheduler_type`.
+        rollout_engine (`str`, defaults to `"transformers"`):
+            What decodes: `"transformers"`, `"continuous_batching"` or `"vllm"`, which sees the policy as it is after
+            every update.
+        rollout_engine_options (`dict`, *optional*):
+            For that engine, such as `{"gpu_memory_utilization": 0.4}` for vLLM, which shares its GPU with training.
         rollout_batch_rows (`int`, *optional*): Most completions decoded at once; all of a batch by default.
         log_completions (`bool`, defaults to `False`):
             Whether to write each logged step's completions to `completions/` in the output folder, as JSON Lines.
     """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "rollout_engine_options"]
 
     num_generations: int = field(default=8, metadata={"help": "Completions of each prompt."})
     budget: Any = field(default=256, metadata={"help": "Token budget, or what to draw it from."})
@@ -96,6 +105,10 @@ class REINFORCEDecodingTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Passed to the chat template."}
     )
     final_learning_rate_ratio: float | None = field(default=0.1, metadata={"help": "Where the learning rate ends."})
+    rollout_engine: str = field(default="transformers", metadata={"help": "transformers, continuous_batching or vllm."})
+    rollout_engine_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Passed to the engine."}
+    )
     rollout_batch_rows: int | None = field(default=None, metadata={"help": "Most completions decoded at once."})
     log_completions: bool = field(default=False, metadata={"help": "Write completions to the output folder."})
 
@@ -106,6 +119,7 @@ class REINFORCEDecodingTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_engine(self.rollout_engine)
         self._check_numbers()
         self._check_budgets()
         for name, allowed in (
@@ -169,6 +183,11 @@ class REINFORCEDecodingTrainingArguments(TrainingArguments):
     def drawer(self) -> Drawer:
         """What decides each prompt's budgets and text, reproducibly."""
         return Drawer(self.budget, self.parallel_budget, self.cot_ratio, self.cot_template, self.seed)
+
+    def engine(self, model: Any, tokenizer: Any) -> Engine:
+        """What decodes rollouts."""
+        options = cast(dict[str, Any], self.rollout_engine_options or {})
+        return build_engine(self.rollout_engine, model, tokenizer, batch_rows=self.rollout_batch_rows, **options)
 
 
 def _is_within(value: Any, kind: Any, low: float, high: float) -> bool:

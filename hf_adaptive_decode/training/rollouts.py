@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from ..engines.base import Completion
-from ..engines.rollout import Decisions, Rows, decode
-from ..engines.transformers import as_completions, encode_prompt, special_tokens
+from ..engines.engine import Engine
+from ..engines.prompts import encode_prompt
+from ..engines.records import Decisions, Rows
 from ..policies.action_policy import ActionPolicy
 from ..randomness import row_key
 from ..rewards.calls import RewardFunctions, Rewards
@@ -58,22 +58,20 @@ class RolloutMaker:
     Decodes and rewards batches; a completion's draws depend on its prompt's index, the step and its own number alone.
 
     Args:
-        model ([`AutoDecoForCausalLM`]), tokenizer: The model, with an action policy, and its tokenizer.
+        engine ([`Engine`]): Decodes, by the policy as it is at each call.
         rewards ([`RewardFunctions`]): The rewards.
         drawer ([`Drawer`]): Decides budgets and templates.
         samples (`int`): Completions of each prompt.
         aggregation (`str`): As [`~training.credit.credit`] takes it.
         scorer ([`RewardFunctions`], *optional*), answer_of (`Callable`, *optional*): For `"best_of"`, `"majority"`.
         drop_equal (`bool`): Whether prompts whose samples, if several, all earned the same are not kept.
-        batch_rows (`int`, *optional*): Most rows decoded at once.
         chat_template_kwargs (`dict`, *optional*): For conversational prompts.
         seed (`int`): For other draws.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: Any,
+        engine: Engine,
         rewards: RewardFunctions,
         drawer: Drawer,
         *,
@@ -82,14 +80,12 @@ class RolloutMaker:
         scorer: RewardFunctions | None = None,
         answer_of: AnswerOf | None = None,
         drop_equal: bool = True,
-        batch_rows: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self.model, self.tokenizer, self.rewards, self.drawer = model, tokenizer, rewards, drawer
+        self.engine, self.rewards, self.drawer = engine, rewards, drawer
         self.samples, self.aggregation, self.scorer, self.answer_of = samples, aggregation, scorer, answer_of
-        self.drop_equal, self.batch_rows = drop_equal, batch_rows
-        self.chat_template_kwargs, self.seed = chat_template_kwargs, seed
+        self.drop_equal, self.chat_template_kwargs, self.seed = drop_equal, chat_template_kwargs, seed
 
     def roll_out(
         self, policy: ActionPolicy, items: Sequence[Item], step: int, trainer_state: Any = None, explores: bool = False
@@ -139,8 +135,8 @@ class RolloutMaker:
     def _decode(
         self, policy: ActionPolicy, items: Sequence[Item], draws: Sequence[Draw], step: int
     ) -> tuple[list[Completion], Decisions | None]:
-        encoded = [encode_prompt(self.tokenizer, draw.prompt, self.chat_template_kwargs) for draw in draws]
-        device = self.model.device
+        encoded = [encode_prompt(self.engine.tokenizer, draw.prompt, self.chat_template_kwargs) for draw in draws]
+        device = self.engine.model.device
         prompt = torch.arange(len(items), device=device).repeat_interleave(self.samples)
         names = [(item["index"], sample) for item in items for sample in range(self.samples)]
         rows = Rows(
@@ -150,9 +146,7 @@ class RolloutMaker:
             torch.tensor([draw.samples for draw in draws], device=device)[prompt],
             torch.tensor([row_key(self.seed, step, *name) for name in names], device=device),
         )
-        how: dict[str, Any] = {**special_tokens(self.model, self.tokenizer), "batch_rows": self.batch_rows}
-        decoded = decode(self.model, policy, rows, records="decisions", **how)
-        return as_completions(decoded, self.tokenizer), decoded.decisions
+        return self.engine.roll_out(policy, rows)
 
 
 def score_groups(
