@@ -251,6 +251,15 @@ def test_several_tasks_of_one_reward_take_turns_and_a_shared_problem_counts_once
     assert facts["counts"]["problems"] == 16
 
 
+def test_continuous_batching_samples_the_same(whole, tmp_path):
+    """Each request draws as its row does in transformers; the numbers that it adds up in another order may differ."""
+    result = sample(tmp_path / "out", "--engine", "continuous_batching", "--problems", "16", "--batch-rows", "16")
+    of_transformers = sample(tmp_path / "same", "--problems", "16")
+    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "same")
+    assert result["counts"] == of_transformers["counts"]
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["engine"] == "continuous_batching"
+
+
 # --- killed, and out of room ------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from .adapters import load_for_adapters, static_settings
 from .comparison import baselines_of, update_cards
 from .pictures import has_pictures, write_gains
-from .tasks import add_eval_task_arguments, add_model_arguments, load_tasks, positive
+from .tasks import add_engine_argument, add_eval_task_arguments, add_model_arguments, load_tasks, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a static setting of your own as one more baseline: T=0.7,top_p=0.9 (also top_k and min_p); repeatable",
     )
     parser.add_argument("--batch-rows", type=positive, default=256, help="sequences decoded at once")
-    parser.add_argument(
-        "--engine",
-        default="transformers",
-        choices=["transformers", "continuous_batching", "vllm"],
-        help="what decodes; a baseline that it cannot is run in transformers",
-    )
+    add_engine_argument(parser, "; a baseline that it cannot is run in transformers")
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="completions, results and plots; resumed")
     parser.add_argument(
         "--update-cards", action="store_true", help="write results and verdict into the cards of local adapters"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..evaluation.provenance import environment, provenance, without_folders
 from .adapters import static_settings
 from .config_file import UsageError
 from .sample_folder import COMPLETIONS_FILE, training_rows, write_folder
-from .tasks import add_model_arguments, asked, check_chat, load_model, positive
+from .tasks import add_engine_argument, add_model_arguments, asked, check_chat, load_model, positive
 from .training_tasks import add_training_task_arguments, training_problems
 
 
@@ -40,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--token-budget", type=positive, metavar="N", default=48, help="most new tokens of a completion")
     group.add_argument("--batch-rows", type=positive, metavar="N", default=256, help="completions decoded at once")
+    add_engine_argument(group)
     group.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -143,8 +143,7 @@ def _check_columns(problems: Sequence[dict[str, Any]]) -> None:
 def _draw(
     args: argparse.Namespace, model: Any, tokenizer: Any, problems: Any, reward: Any, ladder: Any
 ) -> tuple[Any, Any]:
-    from ..engines.transformers import complete_batches
-    from ..evaluation.digests import model_digest
+    from ..engines.by_name import build_engine
     from ..evaluation.store import CompletionStore
     from ..training.rejection import draw_solutions
 
@@ -152,18 +151,9 @@ def _draw(
     if not args.resume:
         path.unlink(missing_ok=True)
     store = CompletionStore(path)
-    drawn = draw_solutions(
-        functools.partial(complete_batches, model, tokenizer, batch_rows=args.batch_rows),
-        problems,
-        reward,
-        samples=args.samples,
-        token_budget=args.token_budget,
-        ladder=ladder,
-        seed=args.seed,
-        store=store,
-        facts={"model": model_digest(model)},
-    )
-    return store, drawn
+    how = {"samples": args.samples, "token_budget": args.token_budget, "seed": args.seed}
+    with build_engine(args.engine, model, tokenizer, batch_rows=args.batch_rows) as engine:
+        return store, draw_solutions(engine, problems, reward, ladder=ladder, store=store, **how)
 
 
 def _nothing(counts: dict[str, int], args: argparse.Namespace) -> str:
@@ -182,7 +172,7 @@ def _provenance(
 ) -> dict[str, Any]:
     from ..hub.bases import base_name
 
-    own = ("seed", "samples", "token_budget", "keep", "solve_rate", "token_ids", "chat", "prompt_template")
+    own = ("engine", "seed", "samples", "token_budget", "keep", "solve_rate", "token_ids", "chat", "prompt_template")
     return provenance(
         model=without_folders(str(base_name(model))),
         model_revision=getattr(model.config, "_commit_hash", None),

@@ -19,6 +19,7 @@ from ..evaluation.tasks import PRESETS, Task, find_reward, load_task
 __all__ = [
     "TESTBED",
     "above_zero",
+    "add_engine_argument",
     "add_eval_task_arguments",
     "add_model_arguments",
     "add_named_task_arguments",
@@ -72,6 +73,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """`--model` and `--threads`, which `load_model` reads."""
     parser.add_argument("--model", default=TESTBED, help="folder or Hub id of a model; by default the embedded one")
     parser.add_argument("--threads", type=positive, help="CPU threads; by default what torch chooses")
+
+
+def add_engine_argument(group: Any, more: str = "") -> None:
+    """`--engine`, of which help says `more`."""
+    # Their own table of names would load torch.
+    names = ["transformers", "continuous_batching", "vllm"]
+    group.add_argument("--engine", default=names[0], choices=names, help=f"what decodes{more}")
 
 
 def add_eval_task_arguments(parser: argparse.ArgumentParser) -> None:

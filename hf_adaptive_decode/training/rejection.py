@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..engines.base import Completion
-from ..engines.transformers import complete_batches, encode_prompt, is_greedy
+from ..engines.engine import Engine, is_greedy
+from ..engines.prompts import encode_prompt
+from ..engines.transformers import TransformersEngine
 from ..evaluation.digests import model_digest, rows_digest
 from ..evaluation.runner import Reward, score_rows
 from ..evaluation.store import CompletionStore
@@ -22,7 +23,6 @@ from ..losses import IGNORE_INDEX
 LADDER: tuple[dict[str, float], ...] = ({"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 1.0})
 
 Row = Mapping[str, Any]
-Decode = Callable[..., Iterator[list[tuple[int, int, Completion]]]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Drawn:
 
 
 def draw_solutions(
-    decode: Decode,
+    engine: Engine,
     problems: Sequence[Row],
     reward: Reward,
     *,
@@ -65,7 +65,6 @@ def draw_solutions(
     ladder: Sequence[Mapping[str, float]] = LADDER,
     seed: int = 0,
     store: CompletionStore,
-    facts: Mapping[str, Any] | None = None,
     show_progress: bool = True,
 ) -> list[list[Drawn]]:
     """
@@ -75,7 +74,7 @@ def draw_solutions(
     learn to allow them. So a problem moves on to the next setting of `ladder` only if no sample was right and ended.
 
     Args:
-        decode (`Callable`): As [`~engines.transformers.complete_batches`] of a model.
+        engine ([`Engine`]): Decodes.
         problems (sequence of mappings): Rows with a `prompt` and the reward's columns.
         reward (`Callable`): In TRL's signature; a completion that earns at least 1 is right.
         samples (`int`): Completions drawn of a problem at each setting; one at temperature 0.
@@ -83,14 +82,14 @@ def draw_solutions(
         ladder (sequence of mappings): Static settings, from cold to hot.
         seed (`int`): Seeds the draws.
         store ([`CompletionStore`]): Keeps completions; what is there already is not sampled again.
-        facts (mapping, *optional*): Whatever else a completion depends on, such as the model, of JSON's types.
         show_progress (`bool`): Whether to show progress bars.
 
     Returns:
         The draws of each problem, in the order of `problems`, by setting and sample.
     """
     drawn: list[list[Drawn]] = [[] for _ in problems]
-    own = {**(facts or {}), "reward": getattr(reward, "__name__", type(reward).__name__), "token_budget": token_budget}
+    own = {"model": model_digest(engine.model), "engine": engine.name, "token_budget": token_budget}
+    own["reward"] = getattr(reward, "__name__", type(reward).__name__)
     for rung, settings in enumerate(ladder):
         open_problems = [index for index, of in enumerate(drawn) if not any(one.verified for one in of)]
         if not open_problems:
@@ -105,7 +104,7 @@ def draw_solutions(
         wanted = [place for place in places if place not in store.done(run)]
         with tqdm(total=len(wanted), desc=heat, unit="row", disable=not show_progress, leave=False) as bar:
             prompts, budgets = [row["prompt"] for row in rows], {"token_budget": token_budget, "parallel_budget": each}
-            for batch in decode(prompts, wanted, **budgets, **how) if wanted else ():
+            for batch in engine.complete_batches(prompts, wanted, **budgets, **how):
                 store.add(_lines(run, rows, batch, reward))
                 bar.update(len(batch))
         for place in places:
@@ -186,7 +185,7 @@ def verified_completions(
     """
     store = store or CompletionStore(keeps_whole=True)
     drawn = draw_solutions(
-        functools.partial(complete_batches, model, tokenizer, batch_rows=batch_rows),
+        TransformersEngine(model, tokenizer, batch_rows=batch_rows),
         problems,
         reward,
         samples=samples,
@@ -194,7 +193,6 @@ def verified_completions(
         ladder=ladder,
         seed=seed,
         store=store,
-        facts={"model": model_digest(model)},
         show_progress=show_progress,
     )
     kept = [one for of in drawn for one in choose(of, keep, distinct=False)]
