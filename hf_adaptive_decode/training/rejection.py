@@ -95,7 +95,7 @@ def draw_solutions(
         if not open_problems:
             break
         rows = [problems[index] for index in open_problems]
-        how = {"settings": dict(settings), "seed": seed + rung}
+        how: dict[str, Any] = {"settings": dict(settings), "seed": seed + rung}
         heat = f"solutions at T={settings.get('temperature', 1.0):g}"
         run = store.run({**own, **how, "problems": rows_digest(rows)}, heat)
         each = 1 if is_greedy(settings) else samples
@@ -103,8 +103,10 @@ def draw_solutions(
         places = [(place, sample) for place in range(len(rows)) for sample in range(each)]
         wanted = [place for place in places if place not in store.done(run)]
         with tqdm(total=len(wanted), desc=heat, unit="row", disable=not show_progress, leave=False) as bar:
-            prompts, budgets = [row["prompt"] for row in rows], {"token_budget": token_budget, "parallel_budget": each}
-            for batch in engine.complete_batches(prompts, wanted, **budgets, **how):
+            prompts = [row["prompt"] for row in rows]
+            for batch in engine.complete_batches(
+                prompts, wanted, token_budget=token_budget, parallel_budget=each, **how
+            ):
                 store.add(_lines(run, rows, batch, reward))
                 bar.update(len(batch))
         for place in places:
