@@ -100,6 +100,12 @@ def test_what_the_document_says_in_words_holds():
     assert f"= {scaling.evaluation_completions():,}" in DOCUMENT
 
 
+def test_the_one_measured_number_is_the_benchmarks():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if "training step / frozen forward" in line)
+    assert f"took {line.split('|')[2].split()[0]} times its forward pass" in DOCUMENT
+
+
 def test_an_assumption_can_be_replaced():
     command = [sys.executable, str(ROOT / "examples" / "scaling.py"), "--price", "6"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
