@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,13 +16,12 @@ from .budget import MAX_BUDGET
 from .checks import check_parameters, check_scores
 from .errors import UnsupportedGenerationError
 from .policies import DecodingPolicy
+from .request_slots import HeldDecisions, Slot, Slots
 from .sampler import warn_if_overruled
 from .tap import output_embedding
-from .types import DecodeState, SamplingParameters
+from .types import DecodeState
 from .warping import warp_logits
 
-# Requests that may be under way at once; what a policy decided for each of them is kept in tables of this size.
-_MAX_REQUESTS = 1 << 16
 _SLOT = "_decoding_slot"
 
 
@@ -95,36 +94,6 @@ class Column(ContinuousBatchingLogitsProcessor):
         return scores
 
 
-class _Slots:
-    """Places in the tables of decisions; a request's is free again when nothing holds the request any more."""
-
-    def __init__(self) -> None:
-        # The first is for rows that belong to no request.
-        self._free = list(range(_MAX_REQUESTS - 1, 0, -1))
-
-    def of(self, state: RequestState) -> _Slot:
-        """The place of a request. It stays the same when the request is put off and read again."""
-        slot: _Slot | None = state.logit_processor_kwargs.get(_SLOT)
-        if slot is None or slot.request_id != state.request_id:  # forked requests take the dict of their parent along
-            slot = _Slot(self._free, state.request_id)
-            state.logit_processor_kwargs[_SLOT] = slot
-        return slot
-
-
-class _Slot:
-    def __init__(self, free: list[int], request_id: str) -> None:
-        if not free:
-            raise UnsupportedGenerationError(f"more than {_MAX_REQUESTS} requests are under way; wait for some to end.")
-        self.request_id, self.index, self.is_fresh = request_id, free.pop(), True
-        self._free = free
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Slot:
-        return self
-
-    def __del__(self) -> None:
-        self._free.append(self.index)
-
-
 class RequestSampler:
     """
     Samples every request as the active adapter of a model decides.
@@ -150,19 +119,19 @@ class RequestSampler:
                 "parts and shares between requests; use `generate`."
             )
         self._explicit = explicit
-        slots = _Slots()
+        slots = Slots()
         nan = float("nan")
         self._remaining = Column(remaining_tokens, 1, torch.int32)
         self._samples = Column(asked("samples", samples), samples, torch.int32, samples=int)
         self._temperature = Column(asked("temperature", nan), nan, torch.float32, temperature=float)
         self._top_p = Column(asked("top_p", nan), nan, torch.float32, top_p=float)
         # In this order: asking for a slot makes it, and being asked whether it is fresh it ceases to be.
-        self._slot = Column(lambda state: slots.of(state).index, 0, torch.int32)
-        self._fresh = Column(lambda state: _use(slots.of(state)), 0, torch.int32)
+        self._slot = Column(lambda state: _slot(slots, state).index, 0, torch.int32)
+        self._fresh = Column(lambda state: _use(_slot(slots, state)), 0, torch.int32)
         columns = [self._remaining, self._samples, self._temperature, self._top_p, self._slot, self._fresh]
         self.processors = [*columns, Last(self.sample)]
         self.tensors_required = len(self.processors)
-        self._tables: dict[str, torch.Tensor] = {}
+        self._held = HeldDecisions()
         self._tap = BatchTap(model)
 
     def close(self) -> None:
@@ -181,23 +150,11 @@ class RequestSampler:
         if checked:
             check_parameters(parameters, 0)
         if self._policy.decides_once:
-            parameters = self._held(parameters)
+            parameters = self._held.keep(parameters, self._slot.values.long(), self._fresh.values > 0)
         parameters = parameters.override(self._explicit)
         own = {"temperature": self._temperature.values, "top_p": self._top_p.values}
         parameters = replace(parameters, **{n: _where_given(v, vars(parameters)[n]) for n, v in own.items()})
         return warp_logits(scores, parameters, maxima=maxima)
-
-    def _held(self, parameters: SamplingParameters) -> SamplingParameters:
-        """What was decided for each request at its first step, which this may be."""
-        slot, fresh, kept = self._slot.values.long(), self._fresh.values > 0, {}
-        for name in (field.name for field in fields(SamplingParameters)):
-            value = vars(parameters)[name]
-            if not isinstance(value, torch.Tensor):
-                continue
-            table = self._tables.setdefault(name, value.new_zeros(_MAX_REQUESTS))
-            kept[name] = torch.where(fresh, value, table[slot])
-            table[slot] = kept[name]
-        return replace(parameters, **kept)
 
 
 class Last(Column):
@@ -229,7 +186,16 @@ def asked(name: str, default: Any) -> Callable[[RequestState], Any]:
     return lambda state: state.logit_processor_kwargs.get(name, default)
 
 
-def _use(slot: _Slot) -> int:
+def _slot(slots: Slots, state: RequestState) -> Slot:
+    """The place of a request. It stays the same when the request is put off and read again."""
+    slot: Slot | None = state.logit_processor_kwargs.get(_SLOT)
+    if slot is None or slot.owner != state.request_id:  # forked requests take the dict of their parent along
+        slot = slots.take(state.request_id)
+        state.logit_processor_kwargs[_SLOT] = slot
+    return slot
+
+
+def _use(slot: Slot) -> int:
     fresh, slot.is_fresh = slot.is_fresh, False
     return int(fresh)
 

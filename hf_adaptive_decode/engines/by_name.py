@@ -9,8 +9,11 @@ from transformers import PreTrainedModel
 from .continuous import ContinuousBatchingEngine
 from .engine import Engine
 from .transformers import TransformersEngine
+from .vllm import VLLMEngine
 
-ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (TransformersEngine, ContinuousBatchingEngine)}
+ENGINES: dict[str, type[Engine]] = {
+    engine.name: engine for engine in (TransformersEngine, ContinuousBatchingEngine, VLLMEngine)
+}
 
 
 def build_engine(

@@ -4,7 +4,6 @@ requests and policies, nothing of scheduling.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from ..policies.action_policy import ActionPolicy
 from ..policies.static import draw
 from ..randomness import row_uniforms
 from ..request_sampler import BatchTap, Column, Last, asked, remaining_tokens
+from ..request_slots import HeldDecisions
 from ..types import DecodeState, SamplingParameters
 from ..warping import warp_logits
 from .places import FOR_ACTION, FOR_TOKEN
@@ -53,7 +53,7 @@ class RowSampler:
         self.written = {name: torch.full(shape, NOTHING[name], device=on) for name in kept}
         self.decisions: list[Decisions] = []
         self.error: Exception | None = None
-        self._held: dict[str, torch.Tensor] = {}
+        self._held = HeldDecisions(len(self._keys))
         self._row = Column(asked("row", _NO_ROW), _NO_ROW, torch.int32, row=int)
         self._remaining = Column(remaining_tokens, 1, torch.int32)
         self.processors = [self._row, self._remaining, Last(self._sample)]
@@ -104,14 +104,4 @@ class RowSampler:
             where = ((action >= 0) & (names >= 0) & ((step == 0) | (not once))).nonzero().squeeze(-1)
             if len(where):
                 self.decisions.append(Decisions(seen.select(where), action[where], row[where], step[where]))
-        return self._keep(parameters, row, step) if once else parameters
-
-    def _keep(self, parameters: SamplingParameters, row: torch.Tensor, step: torch.Tensor) -> SamplingParameters:
-        """What was decided for each row at its first step, which this may be."""
-        kept = {}
-        for name, value in vars(parameters).items():
-            if isinstance(value, torch.Tensor):
-                table = self._held.setdefault(name, value.new_zeros(len(self._keys)))
-                kept[name] = torch.where(step == 0, value, table[row])
-                table[row] = kept[name]
-        return replace(parameters, **kept)
+        return self._held.keep(parameters, row, step == 0) if once else parameters

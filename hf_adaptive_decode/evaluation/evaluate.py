@@ -57,7 +57,7 @@ def evaluate_decoding(
     Measures adapters against everything that is cheaper, and says in plain words whether they help.
 
     What is chosen (a static setting, MeanShift, a rule's parameters) is chosen on a task's validation problems; what is
-    reported is measured on its test problems. All decoders draw the same random numbers.
+    reported is measured on its test problems. Within an engine all decoders draw the same random numbers.
 
     Args:
         model, tokenizer: The base model, or an adaptive one, and its tokenizer.
@@ -75,8 +75,7 @@ def evaluate_decoding(
         grid (sequence of mappings): Static settings to choose the best from, greedy aside.
         folder (`str`, *optional*): Keeps completions in `completions.jsonl` as they are scored, and the results in
             `results.jsonl`. A call that was killed goes on from there and repeats at most one batch.
-        batch_rows (`int`): Sequences decoded at once; without effect on the results.
-        show_progress (`bool`): Whether to show progress bars.
+        batch_rows (`int`), show_progress (`bool`): Sequences decoded at once, and whether to show progress bars.
         engine (`str` or [`Engine`]): What decodes: `"transformers"`, `"continuous_batching"`, `"vllm"`, or one that is
             built. A baseline that it refuses is run in transformers, and its measure says so.
 
@@ -90,8 +89,7 @@ def evaluate_decoding(
     _check(tasks, budgets, ks, samples * len(seeds), baselines, engine)
     sizes: dict[str, Any] = {"samples": samples, "seeds": list(seeds), "token_budgets": budgets}
     store = CompletionStore(None if folder is None else Path(folder, COMPLETIONS_FILE))
-    contenders = _decoders(model, _own(model) if adapters is None else adapters)
-    others = _decoders(model, rivals or {})
+    contenders, others = _decoders(model, _own(model) if adapters is None else adapters), _decoders(model, rivals or {})
     with _running(engine, model, tokenizer, batch_rows, [contenders, others]) as decodes:
         how = {**sizes, "store": store, "batch_rows": batch_rows, "show_progress": show_progress, "engine": decodes}
         cells = [cell for task in tasks for cell in _cells(Runs(model, tokenizer, task, **how), ks)]

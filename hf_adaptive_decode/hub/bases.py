@@ -61,6 +61,30 @@ def base_name(model: PreTrainedModel) -> str | None:
     return name or None
 
 
+def locate_base(name: str | None, adapter: str, adapter_is_remote: bool, hint: str) -> str:
+    """
+    The folder or Hub id of the base that an adapter names.
+
+    Args:
+        name (`str`, *optional*): `base_model_name_or_path` of the adapter's config.
+        adapter (`str`): The adapter's folder or Hub id, for messages.
+        adapter_is_remote (`bool`): Whether the config came from the Hub; it may then name Hub ids only.
+        hint (`str`): How to name another base, for messages.
+
+    Raises:
+        [`AdapterLoadError`]: If no base is named, or the name is not allowed.
+    """
+    if name is None:
+        raise AdapterLoadError(f"the adapter {adapter!r} names no base model; {hint}")
+    if name in PACKAGED_BASES:
+        return os.fspath(PACKAGED_BASES[name])
+    if adapter_is_remote and (not _HUB_ID.fullmatch(name) or os.path.exists(name)):
+        raise AdapterLoadError(
+            f"the downloaded adapter {adapter!r} names {name!r} as its base, which is or could be a local path; {hint}"
+        )
+    return name
+
+
 def load_base(name: str | None, adapter: str, adapter_is_remote: bool, **kwargs: Any) -> PreTrainedModel:
     """
     Loads the base model that an adapter names.
@@ -78,25 +102,20 @@ def load_base(name: str | None, adapter: str, adapter_is_remote: bool, **kwargs:
     from transformers import AutoModelForCausalLM
 
     hint = "pass the base yourself: `from_pretrained(adapter, base_model=MODEL_OR_ID_OR_FOLDER)`."
-    if name is None:
-        raise AdapterLoadError(f"the adapter {adapter!r} names no base model; {hint}")
+    where = locate_base(name, adapter, adapter_is_remote, hint)
     if _WANTING.get() is not None:
         raise AdapterLoadError(
             f"the adapter {_WANTING.get()!r} names {adapter!r} as its base, an adapter itself; {hint}"
         )
     if name in PACKAGED_BASES:
-        return AutoModelForCausalLM.from_pretrained(PACKAGED_BASES[name], **{**kwargs, "revision": "main"})
-    if adapter_is_remote and (not _HUB_ID.fullmatch(name) or os.path.exists(name)):
-        raise AdapterLoadError(
-            f"the downloaded adapter {adapter!r} names {name!r} as its base, which is or could be a local path; {hint}"
-        )
+        return AutoModelForCausalLM.from_pretrained(where, **{**kwargs, "revision": "main"})
     token = _WANTING.set(adapter)
     try:
-        return load_at_one_commit(name, **kwargs)
+        return load_at_one_commit(where, **kwargs)
     except AdaptiveDecodeError:
         raise
     except (OSError, ValueError, SafetensorError) as error:  # not there, no causal model, or damaged
-        why = why_unread(error, name, kwargs.get("revision")).rstrip(".")
+        why = why_unread(error, where, kwargs.get("revision")).rstrip(".")
         raise AdapterLoadError(
             f"the base model {name!r} of adapter {adapter!r} could not be loaded: {why}. Or {hint}"
         ) from error
