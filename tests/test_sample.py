@@ -355,6 +355,36 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_rows_that_were_there(whole, tm
     assert {path.name for path in out.iterdir()} == {*OUTPUT, "provenance.json", "sampling"}
 
 
+def test_a_card_that_was_changed_by_hand_stays_and_one_that_was_not_does_not(whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    sample(out, "--keep", "1")
+    assert (out / "README.md").read_bytes() != (whole[0] / "README.md").read_bytes()
+    assert "changed by hand" not in capsys.readouterr().out
+    for text in ("# Mine\n", (out / "README.md").read_text().replace("## Limits", "## My limits"), "\udcff"):
+        (out / "README.md").write_text(text, errors="surrogateescape")
+        result = sample(out)
+        assert (out / "README.md").read_text(errors="surrogateescape") == text
+        assert [path.rpartition("/")[2] for path in result["files"]] == ["train.jsonl", "provenance.json"]
+        assert "README.md was changed by hand" in capsys.readouterr().out
+
+
+def test_rows_of_somebody_else_are_not_replaced(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text("mine\n")
+    assert main(words(tmp_path)) == 1
+    assert "was not sampled into it; choose another --output." in capsys.readouterr().err
+    assert (tmp_path / "train.jsonl").read_text() == "mine\n"
+
+
+def test_two_runs_in_one_folder_are_noticed(tmp_path):
+    stores = [CompletionStore(tmp_path / "completions.jsonl") for _ in range(2)]
+    for number, store in enumerate(stores):
+        run = store.run({"a": 1}, "solutions")
+        store.add([{"run": run, "problem": number, "sample": 0, "text": "x" * 9 * number, "token_ids": []}])
+    with pytest.raises(ValueError, match="was changed meanwhile"):
+        stores[1].whole(run, (1, 0))
+
+
 def test_starting_over_throws_away_what_was_sampled(whole, tmp_path):
     out = tmp_path / "out"
     (out / "sampling").mkdir(parents=True)

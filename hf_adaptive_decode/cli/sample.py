@@ -11,7 +11,7 @@ from typing import Any
 from ..evaluation.provenance import environment, provenance, without_folders
 from .adapters import static_settings
 from .config_file import UsageError
-from .sample_folder import COMPLETIONS_FILE, training_rows, write_folder
+from .sample_folder import CARD_FILE, COMPLETIONS_FILE, may_write_card, refuse_foreign, training_rows, write_folder
 from .tasks import add_engine_argument, add_model_arguments, asked, check_chat, load_model, positive
 from .training_tasks import add_training_task_arguments, training_problems
 
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     logging.set_verbosity_error()
     ladder = [_settings(one) if isinstance(one, str) else one for one in args.sampling]
     _check(args, ladder)
+    refuse_foreign(Path(args.output))
     source, problems, reward = training_problems(args)
     _check_columns(problems)
     model, tokenizer = load_model(args)
@@ -87,8 +88,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ]
     facts = _provenance(args, model, source, reward, selection.counts, by_setting)
     rows = training_rows(selection, store, problems, ladder, tokenizer if args.token_ids else None)
+    keeps_card = not may_write_card(Path(args.output))
     files = write_folder(Path(args.output), rows, facts)
     print(_report(selection.counts, by_setting))
+    if keeps_card:
+        print(f"\n{CARD_FILE} was changed by hand and stays as it is: its numbers may be those of an earlier run.")
     print(f"\nWritten: {', '.join(files)}\nTrain on it: train-heads --dataset {files[0]} --no-hold-out")
     result = {"counts": selection.counts, "by_setting": by_setting, "files": files, "arguments": asked(args)}
     return {**result, "seconds": time.perf_counter() - started, "environment": environment()}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ROWS_FILE, PROVENANCE_FILE, CARD_FILE = "train.jsonl", "provenance.json", "README.md"
 COMPLETIONS_FILE = Path("sampling", "completions.jsonl")
+_MARK = "\n<!-- written by hf_adaptive_decode as "
 _OFF = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -57,7 +58,8 @@ def _of_draw(one: Drawn, solve_rate: float, settings: Mapping[str, float]) -> di
 
 def write_folder(folder: Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]) -> list[str]:
     """
-    Writes rows, provenance and card, each whole or not at all; returns the files.
+    Writes rows, provenance and card, each whole or not at all, and returns the files. A card that was changed by hand
+    stays.
 
     Args:
         folder (`Path`): Where to.
@@ -77,5 +79,35 @@ def write_folder(folder: Path, rows: Iterable[Mapping[str, Any]], provenance: Ma
     write_whole(folder / ROWS_FILE, lines())
     facts = {**provenance, "sha256": {ROWS_FILE: digest.hexdigest()}}
     write_whole(folder / PROVENANCE_FILE, json.dumps(facts, indent=2) + "\n")
-    write_whole(folder / CARD_FILE, dataset_card(provenance))
-    return [str(folder / name) for name in (ROWS_FILE, PROVENANCE_FILE, CARD_FILE)]
+    written = [ROWS_FILE, PROVENANCE_FILE]
+    if may_write_card(folder):
+        write_whole(folder / CARD_FILE, _marked(dataset_card(provenance)))
+        written.append(CARD_FILE)
+    return [str(folder / name) for name in written]
+
+
+def refuse_foreign(folder: Path) -> None:
+    """
+    Refuses a folder whose rows are not from here, before they are replaced.
+
+    Raises:
+        `ValueError`: If there are rows, and neither provenance nor completions beside them.
+    """
+    if (folder / ROWS_FILE).exists() and not any(
+        (folder / one).exists() for one in (PROVENANCE_FILE, COMPLETIONS_FILE)
+    ):
+        raise ValueError(f"{folder / ROWS_FILE} is there and was not sampled into it; choose another --output.")
+
+
+def may_write_card(folder: Path) -> bool:
+    """Whether there is no card, or one that nobody has changed since it was written."""
+    path = folder / CARD_FILE
+    if not path.exists():
+        return True
+    text = path.read_bytes().decode(errors="replace")
+    return text == _marked(text.rpartition(_MARK)[0])
+
+
+def _marked(card: str) -> str:
+    """A card with a last line by which it is told from one that was changed, which is to be kept."""
+    return f"{card}{_MARK}{hashlib.sha256(card.encode()).hexdigest()} -->\n"

@@ -54,9 +54,19 @@ class CompletionStore:
         return self._runs[run]
 
     def whole(self, run: str, place: Place) -> dict[str, Any]:
-        """A completion with all that was added, as far as there is a file or `keeps_whole`."""
+        """
+        A completion with all that was added, as far as there is a file or `keeps_whole`.
+
+        Raises:
+            `ValueError`: If somebody else has written to the file.
+        """
         kept = self._whole[run, place]
-        return dict(kept) if self._file is None else self._file.read(kept)
+        if self._file is None:
+            return dict(kept)
+        line = self._file.read(kept)
+        if (line.get("run"), line.get("problem"), line.get("sample")) != (run, *place):
+            raise ValueError(f"{self._file.path} was changed meanwhile, perhaps by another run; start this one again.")
+        return line
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
         """Keeps completions that have ended."""
