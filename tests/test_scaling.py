@@ -89,6 +89,9 @@ def test_what_the_document_says_in_words_holds():
         assert one.gather(H100.nvlink) < one.compute(1), "within a node NVLink gathers faster"
         assert (one.hiding_rows > 1) == (model.experts > 1), "across nodes it does not for the MoE models"
         assert one.cached_read < one.step, "reading is faster than computing"
+    two_nodes = Training(MODELS["235B"], a, gpus=16)
+    assert f"{two_nodes.gather(H100.network):.1f} s, where computing takes {two_nodes.step:.2f} s" in DOCUMENT
+    assert two_nodes.hiding_rows > 32 / 16, "a step waits for the network"
     assert Training(MODELS["235B"], a).memory / 80e9 > 0.88, "takes all that there is"
     assert 61 < 2 * MODELS["30B"].parameters / 1e9 < 62
     assert Replica(MODELS["235B"], H100, 8, a).rows(32_768) < 24, "a few dozen rows no longer fit"
