@@ -26,6 +26,7 @@ from hf_adaptive_decode.cli.sample_folder import write_folder
 from hf_adaptive_decode.cli.texts import load_texts
 from hf_adaptive_decode.evaluation.lines import AppendedLines
 from hf_adaptive_decode.evaluation.store import CompletionStore
+from hf_adaptive_decode.evaluation.tasks import load_task
 from hf_adaptive_decode.hub.dataset_card import dataset_card
 from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer, testbed_reward
 from hf_adaptive_decode.training.rejection import Drawn, choose
@@ -258,6 +259,26 @@ def test_continuous_batching_samples_the_same(whole, tmp_path):
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "same")
     assert result["counts"] == of_transformers["counts"]
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["engine"] == "continuous_batching"
+
+
+def test_a_task_by_name_asks_as_evaluate_does_and_leaves_it_what_it_measures_on(tmp_path, monkeypatch):
+    def half(completions, solution, **columns):
+        return [float(one == "18") for one in solution]
+
+    monkeypatch.setattr("hf_adaptive_decode.rewards.math_reward", half)
+    rows = [
+        {"question": row["prompt"], "answer": f"Because.\n#### {18 + index % 2}"}
+        for index, row in enumerate(build_problems("train", 60))
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--task", f"gsm8k={file}", "--token-budget", "40", "--threads", "1"]
+    assert main(["sample", "--output", str(tmp_path / "out"), *flags]) == 0
+    found = rows_of(tmp_path / "out")
+    assert {row["solution"] for row in found} == {"18"}
+    assert all("\n\nSolve this step by step" in row["prompt"] for row in found)
+    task = load_task("gsm8k", str(file))
+    assert not {row["prompt"] for row in found} & {row["prompt"] for row in (*task.validation, *task.test)}
 
 
 # --- killed, and out of room ------------------------------------------------------------------------------------------

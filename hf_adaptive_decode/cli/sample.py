@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     started = time.perf_counter()
     logging.set_verbosity_error()
-    ladder = [_settings(one) if isinstance(one, str) else one for one in args.sampling]
+    # argparse leaves a default that is a list as it is.
+    ladder = args.sampling = [_settings(one) if isinstance(one, str) else one for one in args.sampling]
     _check(args, ladder)
     refuse_foreign(Path(args.output))
     source, problems, reward = training_problems(args)
