@@ -19,6 +19,7 @@ from .config_file import ConfigFileError, UsageError, with_config_file
 
 COMMANDS = {
     "demo": "train heads on the embedded model and compare them with every baseline",
+    "sample": "sample a model's own solutions and keep the right ones, as a data set to train heads on",
     "train-heads": "train temperature and top-p heads on text, or on solutions that the model itself samples",
     "train-policy": "train a token or prompt policy by REINFORCE and compare it with every baseline",
     "select-actions": "choose an action set by greedy coverage on validation problems",

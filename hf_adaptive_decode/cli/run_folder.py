@@ -80,12 +80,23 @@ class RunFolder:
         write_whole(self.training / RECORD_FILE, json.dumps(self.record, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name first, so that a killed process leaves all of it or what was there before."""
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
+    """
+    Writes a file under another name first, so that a killed process leaves all of it or what was there before.
+
+    Args:
+        path (`Path`): The file.
+        text (`str` or iterable of `str`): All of it, or its parts, which may be more than the memory holds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        with staged.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+        os.replace(staged, path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)  # room for whatever else is to be saved
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def step_of(checkpoint: str) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 from ..evaluation.provenance import environment
 from .comparison import baselines_of, show, update_cards
 from .heads_flags import LATER, OF_RECIPE, OWN, add_heads_arguments, control_commands, heads_settings
-from .heads_run import SHOWN, heads_arguments, heads_trainer, solutions, with_command_ids
+from .heads_run import SHOWN, drawn_file, heads_arguments, heads_trainer, solutions, with_command_ids
 from .push import check_upload, upload
 from .run_folder import RunFolder, digest, train_in
-from .tasks import TESTBED, asked, dataset_names, load_model, load_problems, reward_function, tasks_of
+from .tasks import TESTBED, asked, check_chat, dataset_names, load_model, load_problems, reward_function, tasks_of
 from .texts import load_texts
 from .training_flags import FREE, check_trackers, trainer_settings
 
@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     record = {name: value for name, value in vars(args).items() if name not in FREE | LATER}
     folder = RunFolder(Path(args.output), json.loads(json.dumps(record | {"data": data.digest})), args.resume)
     model, tokenizer = load_model(args)
-    if args.chat and not tokenizer.chat_template:
-        raise ValueError(f"--chat needs a chat template, and the tokenizer of {args.model} has none; leave it out.")
+    check_chat(args, tokenizer)
 
     def make_trainer() -> Any:
         rows = data.rows(args, model, tokenizer)
@@ -155,6 +154,7 @@ class _Data:
         path = Path(args.output, "training", f"solutions-{made_of}.jsonl")
         if not args.resume:
             path.unlink(missing_ok=True)
+            drawn_file(path).unlink(missing_ok=True)
         how |= {"batch_rows": args.rollout_batch_rows}
         rows = solutions(path, model, tokenizer, self.problems, self.reward, **how)
         commands = control_commands(args)

@@ -16,7 +16,7 @@ from .policy_flags import add_policy_arguments
 from .policy_run import prior_entries, static_rates, train_policy_in
 from .push import check_upload, upload
 from .run_folder import RunFolder, digest
-from .tasks import TESTBED, asked, dataset_names, load_model, load_problems, reward_function
+from .tasks import TESTBED, asked, check_chat, dataset_names, load_model, load_problems, reward_function
 from .training_flags import FREE, check_trackers, trainer_settings
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ def _train(
     for plan in plans:
         # A base has one adapter, so each policy is trained on a base of its own.
         model, tokenizer = load_model(args)
-        if args.chat and not tokenizer.chat_template:
-            raise ValueError(f"--chat needs a chat template, and the tokenizer of {args.model} has none; leave it out.")
+        check_chat(args, tokenizer)
 
         def config(plan: _Plan = plan, model: Any = model, tokenizer: Any = tokenizer) -> Any:
             if args.prior is not None and not rates:
