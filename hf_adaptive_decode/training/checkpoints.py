@@ -20,6 +20,7 @@ from ..hub.peft_layers import set_lora_training
 from ..hub.peft_weights import restore_peft
 from ..hub.store import WEIGHTS_FILE, load_into
 from ..modeling import AutoDecoForCausalLM
+from .processes import count_own
 
 _STAGING = ".saving"
 _STATE_FILE = "trainer_state.json"
@@ -61,6 +62,26 @@ class AdapterTrainer(Trainer):
             size = f"{len(data):,} examples" if hasattr(data, "__len__") else None
             facts = TrainingFacts(size, self.objective(), self.state.global_step, self.args.seed)
             add_training(str(output_dir or self.args.output_dir), facts)
+
+    def own_rows(self, batch: Any, count: int) -> Any:
+        """A batch with its first `count` rows alone, and nothing of those that another process has, too."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """As the Trainer's, each row once: see [`~processes.count_own`]."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if batches:
+            batches[-1] = self._own(batches[-1])
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _own(self, batch: Any) -> Any:
+        rows = len(batch) if isinstance(batch, list) else len(batch["labels"])
+        own = count_own(self.accelerator, rows)
+        return batch if own == rows else self.own_rows(batch, own)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, each row once."""
+        return super().prediction_step(model, self._own(inputs), *args, **kwargs)
 
     def save_extra_state(self, folder: Path) -> None:
         """Writes what the trainer keeps beyond the Trainer's own state; nothing by default."""

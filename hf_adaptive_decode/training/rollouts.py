@@ -139,6 +139,8 @@ class RolloutMaker:
     def _decode(
         self, policy: ActionPolicy, items: Sequence[Item], draws: Sequence[Draw], step: int
     ) -> tuple[list[Completion], Decisions | None]:
+        if not items:
+            return [], None
         encoded = [encode_prompt(self.tokenizer, draw.prompt, self.chat_template_kwargs) for draw in draws]
         device = self.model.device
         prompt = torch.arange(len(items), device=device).repeat_interleave(self.samples)
@@ -163,6 +165,8 @@ def score_groups(
     trainer_state: Any = None,
 ) -> Rewards:
     """Rewards of completions that lie prompt by prompt; `prompts` are the items' as they were asked."""
+    if not items:
+        return rewards([], [], [], {}, trainer_state=trainer_state)
     samples = len(completions) // len(items)
     owner = [group for group in range(len(items)) for _ in range(samples)]
     plain = [isinstance(prompt, str) for prompt in prompts]
