@@ -31,7 +31,7 @@ LAYERS = (
         "randomness",
     ),
     ("policies",),
-    ("tap", "sampler", "projection", "losses", "hub"),
+    ("sharding", "tap", "sampler", "projection", "losses", "hub"),
     ("capture", "settings", "generation", "request_sampler", "batching", "adapters", "storage", "detour", "modeling"),
     ("engines", "rewards"),
     ("training", "evaluation"),

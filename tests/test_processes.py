@@ -1,5 +1,7 @@
 """Training in several processes, however the base lies in them, is training in one."""
 
+from importlib.util import find_spec
+
 import process_runs
 import pytest
 import reinforce_runs
@@ -8,6 +10,8 @@ from safetensors.torch import load_file
 
 # As Adam would blow up the rounding of sums that run in another order.
 PLAIN = {"optim": "sgd", "learning_rate": 1.0, "save_strategy": "no", "logging_steps": 1}
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+STRATEGIES = ["ddp", "fsdp2", *(pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3"))]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +65,10 @@ HEADS = {
 }
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-def test_heads_learn_in_two_processes_what_they_learn_in_one(options, processes, tmp_path):
-    assert_one(processes, "heads", "ddp", tmp_path, options)
+def test_heads_learn_in_two_processes_what_they_learn_in_one(options, strategy, processes, tmp_path):
+    assert_one(processes, "heads", strategy, tmp_path, options)
 
 
 TOKENS, SEQUENCES = {"policy_dropout": 0.0}, {"policy": "sequence_actions", "policy_dropout": 0.0}
@@ -75,9 +80,10 @@ POLICIES = {
 }
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("options", POLICIES.values(), ids=POLICIES)
-def test_policies_learn_in_two_processes_what_they_learn_in_one(options, processes, tmp_path):
-    alone, pair = assert_one(processes, "policy", "ddp", tmp_path, options)
+def test_policies_learn_in_two_processes_what_they_learn_in_one(options, strategy, processes, tmp_path):
+    alone, pair = assert_one(processes, "policy", strategy, tmp_path, options)
     assert alone["prompts"] == pair[0]["prompts"] == pair[1]["prompts"]
     # Both rewarded prompts: no process waits for the other's rollouts.
     assert all(found["heard"] for found in pair)

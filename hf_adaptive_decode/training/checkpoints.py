@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import sort_checkpoints
 
+from ..engines.lockstep import Lockstep
+from ..errors import AdaptiveDecodeError
 from ..hub.card import add_training
 from ..hub.card_text import TrainingFacts
 from ..hub.peft_layers import set_lora_training
@@ -21,6 +23,7 @@ from ..hub.peft_weights import restore_peft
 from ..hub.store import WEIGHTS_FILE, load_into
 from ..modeling import AutoDecoForCausalLM
 from .processes import count_own
+from .sharded_base import BaseSharding
 
 _STAGING = ".saving"
 _STATE_FILE = "trainer_state.json"
@@ -38,16 +41,45 @@ class AdapterTrainer(Trainer):
         train_peft (`bool`, defaults to `False`): Whether that LoRA learns; if not, it stands still like the base.
         kwargs: As [`~transformers.Trainer`] takes them.
 
+    Attributes:
+        lockstep ([`Lockstep`]): For code of one's own that runs the model in a launched training: a base that is parted
+            over processes runs in all of them or not at all.
+
     Raises:
         [`AdapterConfigError`]: If there is no LoRA to train, or it is none that can be saved.
+        [`AdaptiveDecodeError`]: If a LoRA is to be trained in a base that is parted over processes.
     """
 
     _is_staging = False
+    _sharding: BaseSharding | None = None
 
     def __init__(self, model: PreTrainedModel, *, train_peft: bool = False, **kwargs: Any) -> None:
         set_lora_training(model, train_peft)
         with _passing_as_trainable(model):
             super().__init__(model=model, **kwargs)
+        self.lockstep = Lockstep()
+        if self._sharding is not None:
+            if train_peft:
+                raise AdaptiveDecodeError(
+                    "`train_peft` is set, and the launcher's config parts the base over processes (ZeRO-3 or FSDP2); "
+                    "a LoRA learns where every process holds the base: launch with examples/accelerate/ddp.yaml."
+                )
+            self._sharding.shard(model, self.accelerator)
+            self.lockstep = Lockstep(model, self.accelerator.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, which need not know of a base that is parted over processes."""
+        self._sharding = BaseSharding.asked(self.args)
+        with contextlib.nullcontext() if self._sharding is None else self._sharding.hidden():
+            super().create_accelerator_and_postprocess()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        asked = cast(dict[str, Any], super()._build_accelerator_args(**kwargs))
+        return asked if self._sharding is None else asked | {"deepspeed_plugin": None, "fsdp_plugin": None}
+
+    def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
+        if self._sharding is None:  # else each process brings its part there
+            super()._move_model_to_device(model, device)
 
     def objective(self) -> str | None:
         """What is learned on, in words for the card."""

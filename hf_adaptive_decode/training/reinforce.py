@@ -135,7 +135,8 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         self._latest: Rollout | None = None
         self.add_callback(_NoStepWithoutCredit(self))
         if train_dataset is not None and args.prefilter_samples:
-            self.train_dataset, kept = prefiltered(self._maker, self.train_dataset, args, self.accelerator)
+            with self.lockstep.phase():
+                self.train_dataset, kept = prefiltered(self._maker, self.train_dataset, args, self.accelerator)
             self._note("train", {"prefilter/kept_fraction": (kept, 1.0)})
 
     def objective(self) -> str:
@@ -162,7 +163,8 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """Decodes the batch of prompts, has it rewarded, and gives the loss of its decisions."""
         started = time.perf_counter()
-        rollout = self._maker.roll_out(self._policy, inputs, self.state.global_step, self.state, explores=True)
+        with self.lockstep.phase():
+            rollout = self._maker.roll_out(self._policy, inputs, self.state.global_step, self.state, explores=True)
         advantage = self._advantages(rollout)
         rolled = time.perf_counter()
         # As the forward of the wrapped model, so that gradients are averaged over processes.
@@ -237,7 +239,8 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """Decodes and rewards evaluation prompts, with the same draws at every evaluation."""
-        rollout = self._maker.roll_out(self._policy, self._own(inputs), _EVALUATION, self.state)
+        with self.lockstep.phase():
+            rollout = self._maker.roll_out(self._policy, self._own(inputs), _EVALUATION, self.state)
         self._note("eval", rollout_metrics(rollout, self._maker.rewards.names, self._policy))
         return torch.zeros((), device=self.args.device), None, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -162,7 +163,8 @@ class AutoDecoTrainer(AdapterTrainer):
         """
         adaptive = cast(AutoDecoForCausalLM, self.accelerator.unwrap_model(model))
         # As the forward of the wrapped model, so that gradients are averaged over processes.
-        with adaptive.running_instead(lambda: self._loss(adaptive, dict(inputs), num_items_in_batch)):
+        job = partial(self._loss, adaptive, dict(inputs), num_items_in_batch)
+        with self.lockstep.phase(), adaptive.running_instead(job):
             loss = cast(torch.Tensor, model())
         if num_items_in_batch is not None:
             # Divided by the tokens of all processes, it is this one's share, and gradients become the mean of shares.
