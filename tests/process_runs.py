@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -45,6 +46,10 @@ def on_heads(rank: int, processes: int, folder: str, options: dict) -> None:
     options = dict(options)
     rows, resume = options.pop("rows", 32), options.pop("resume", None)
     evaluation, slow = options.pop("evaluation", 0), options.pop("seconds_a_step", 0.0)
+    data, every = test_training.build_rows(rows), options.pop("commands_every", None)
+    if every is not None:
+        told = {"low_prompt": "w1 w2", "high_prompt": "w3 w4 w5"}
+        data = [{**row, **{n: None if i % every else text for n, text in told.items()}} for i, row in enumerate(data)]
     torch.manual_seed(0)
     base = tiny.build_base(options.pop("family", "qwen3"))
     model = AutoDecoForCausalLM.from_base(base, AutoDecoConfig(**options.pop("policy", {})))
@@ -52,7 +57,7 @@ def on_heads(rank: int, processes: int, folder: str, options: dict) -> None:
     trainer = AutoDecoTrainer(
         model,
         test_training.arguments(Path(folder, "run"), **options),
-        train_dataset=test_training.build_rows(rows),
+        train_dataset=data,
         eval_dataset=test_training.build_rows(evaluation, seed=1) if evaluation else None,
         processing_class=test_training.build_tokenizer(),
         callbacks=[reinforce_runs.Slow(slow)] if slow else None,
@@ -62,6 +67,7 @@ def on_heads(rank: int, processes: int, folder: str, options: dict) -> None:
     if evaluation:
         found["evaluation"] = trainer.evaluate()
     trainer.save_model(str(Path(folder, "saved")))
+    found |= _held(base)
     whole = {name: tensor for name, tensor in model.state_dict().items() if name in before}
     if all(type(tensor) is torch.Tensor and tensor.shape == before[name].shape for name, tensor in whole.items()):
         found["base_moved"] = [name for name, tensor in whole.items() if not torch.equal(tensor, before[name])]
@@ -77,7 +83,8 @@ def on_policy(rank: int, processes: int, folder: str, options: dict) -> None:
     rows = rows[: options.pop("rows", len(rows))]
 
     def listening(number, trainer_state, **given):
-        heard.append([trainer_state and trainer_state.global_step, sorted(set(number)), os.getpid()])
+        heard.append([trainer_state and trainer_state.global_step, sorted(set(number))])
+        Path(folder, f"rewarded-{os.getppid()}-{os.getpid()}").touch()
         return reward(**given)
 
     helpers = {"callbacks": [reinforce_runs.Slow(slow)]} if slow else None
@@ -92,12 +99,26 @@ def on_policy(rank: int, processes: int, folder: str, options: dict) -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     found = {"heard": heard, "log": trainer.state.log_history, "best": trainer.state.best_model_checkpoint}
-    found["prompts"] = len(trainer.train_dataset)
+    found |= {
+        "pid": os.getpid(),
+        "prompts": len(trainer.train_dataset),
+        **_held(trainer.accelerator.unwrap_model(trainer.model)),
+    }
     trainer.save_model(str(Path(folder, "saved")))
     _write(found, reinforce_tables.adapter_of(trainer), rank, processes, folder)
 
 
 TARGETS = {"heads": on_heads, "policy": on_policy}
+
+
+def _held(model) -> dict:
+    """How many numbers this process has of the base, and of the adapter."""
+    held = {"base": 0, "adapter": 0}
+    for name, parameter in model.named_parameters():
+        part = getattr(parameter, "ds_tensor", parameter)
+        part = part.to_local() if hasattr(part, "to_local") else part
+        held["adapter" if "decoding_adapters" in name else "base"] += part.numel()
+    return {f"held_{name}": count for name, count in held.items()}
 
 
 def _write(found: dict, adapter: dict, rank: int, processes: int, folder: str) -> None:
@@ -126,8 +147,7 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def together(found, what: str, strategy: str, processes: int, folder: Path, options: dict, seconds=60) -> list[dict]:
-    """Runs a training in so many processes at once, and gives what each wrote down."""
+def start(found, what: str, strategy: str, processes: int, folder: Path, options: dict) -> list:
     folder.mkdir(exist_ok=True)
     port = free_port()
     running = [
@@ -138,6 +158,26 @@ def together(found, what: str, strategy: str, processes: int, folder: Path, opti
     ]
     for process in running:
         process.start()
+    return running
+
+
+def kill_one(running: list, which: int, folder: Path, checkpoint: int, seconds=60) -> list[int | None]:
+    """Kills one of the processes as soon as there is a checkpoint, and gives how all of them ended."""
+    deadline = time.monotonic() + seconds
+    while not (folder / "run" / f"checkpoint-{checkpoint}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running[which].kill()
+    for process in running:
+        process.join(max(0.1, deadline - time.monotonic()))
+    codes = [process.exitcode for process in running]
+    for process in running:
+        process.kill()
+    return codes
+
+
+def together(found, what: str, strategy: str, processes: int, folder: Path, options: dict, seconds=60) -> list[dict]:
+    """Runs a training in so many processes at once, and gives what each wrote down."""
+    running = start(found, what, strategy, processes, folder, options)
     for process in running:
         process.join(seconds)
     codes = [process.exitcode for process in running]

@@ -58,7 +58,7 @@ class AdapterTrainer(Trainer):
         with _passing_as_trainable(model):
             super().__init__(model=model, **kwargs)
         self.lockstep = Lockstep()
-        if self._sharding is not None:
+        if self._sharding is not None and self._sharding.parts:
             if train_peft:
                 raise AdaptiveDecodeError(
                     "`train_peft` is set, and the launcher's config parts the base over processes (ZeRO-3 or FSDP2); "
@@ -78,7 +78,7 @@ class AdapterTrainer(Trainer):
         return asked if self._sharding is None else asked | {"deepspeed_plugin": None, "fsdp_plugin": None}
 
     def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
-        if self._sharding is None:  # else each process brings its part there
+        if self._sharding is None or not self._sharding.parts:  # else each process brings its part there
             super()._move_model_to_device(model, device)
 
     def objective(self) -> str | None:

@@ -53,18 +53,19 @@ def _rates(
     maker.model.eval()
     tokenizer = copy.copy(maker.tokenizer)
     tokenizer.apply_chat_template = partial(maker.tokenizer.apply_chat_template, **(maker.chat_template_kwargs or {}))
-    completions = complete(
-        maker.model,
-        tokenizer,
-        prompts,
-        samples=args.prefilter_samples,
-        token_budget=maker.drawer.largest_tokens,
-        settings={"temperature": 1.0},
-        seed=args.seed,
-        only=numbers,
-        batch_rows=args.rollout_batch_rows or 256,
-        description=None if args.disable_tqdm or args.process_index else "filtering prompts",
-    )
+    with maker.lockstep.phase():
+        completions = complete(
+            maker.model,
+            tokenizer,
+            prompts,
+            samples=args.prefilter_samples,
+            token_budget=maker.drawer.largest_tokens,
+            settings={"temperature": 1.0},
+            seed=args.seed,
+            only=numbers,
+            batch_rows=args.rollout_batch_rows or 256,
+            description=None if args.disable_tqdm or args.process_index else "filtering prompts",
+        )
     items, asked = [dataset[number] for number in numbers], [prompts[number] for number in numbers]
     rewards = score_groups(maker.rewards, asked, items, [one for group in completions for one in group])
     rates: list[float] = rewards.total.reshape(len(items), args.prefilter_samples).mean(axis=1).tolist()

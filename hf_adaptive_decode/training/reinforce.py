@@ -126,6 +126,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._maker.lockstep = self.lockstep
         # The loss is a mean over this batch's trajectories; the Trainer averages over accumulated ones.
         self.model_accepts_loss_kwargs = False
         self._reference = copy.deepcopy(self._policy).requires_grad_(False).eval() if args.kl_coef else None
@@ -135,8 +136,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         self._latest: Rollout | None = None
         self.add_callback(_NoStepWithoutCredit(self))
         if train_dataset is not None and args.prefilter_samples:
-            with self.lockstep.phase():
-                self.train_dataset, kept = prefiltered(self._maker, self.train_dataset, args, self.accelerator)
+            self.train_dataset, kept = prefiltered(self._maker, self.train_dataset, args, self.accelerator)
             self._note("train", {"prefilter/kept_fraction": (kept, 1.0)})
 
     def objective(self) -> str:
@@ -163,8 +163,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """Decodes the batch of prompts, has it rewarded, and gives the loss of its decisions."""
         started = time.perf_counter()
-        with self.lockstep.phase():
-            rollout = self._maker.roll_out(self._policy, inputs, self.state.global_step, self.state, explores=True)
+        rollout = self._maker.roll_out(self._policy, inputs, self.state.global_step, self.state, explores=True)
         advantage = self._advantages(rollout)
         rolled = time.perf_counter()
         # As the forward of the wrapped model, so that gradients are averaged over processes.
@@ -239,8 +238,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """Decodes and rewards evaluation prompts, with the same draws at every evaluation."""
-        with self.lockstep.phase():
-            rollout = self._maker.roll_out(self._policy, self._own(inputs), _EVALUATION, self.state)
+        rollout = self._maker.roll_out(self._policy, self._own(inputs), _EVALUATION, self.state)
         self._note("eval", rollout_metrics(rollout, self._maker.rewards.names, self._policy))
         return torch.zeros((), device=self.args.device), None, None
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..engines.base import Completion
+from ..engines.lockstep import Lockstep
 from ..engines.rollout import Decisions, Rows, decode
 from ..engines.transformers import as_completions, encode_prompt, special_tokens
 from ..policies.action_policy import ActionPolicy
@@ -68,6 +69,9 @@ class RolloutMaker:
         batch_rows (`int`, *optional*): Most rows decoded at once.
         chat_template_kwargs (`dict`, *optional*): For conversational prompts.
         seed (`int`): For other draws.
+
+    Attributes:
+        lockstep ([`Lockstep`]): That of a model which is parted over processes; they have to roll out together.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class RolloutMaker:
         self.samples, self.aggregation, self.scorer, self.answer_of = samples, aggregation, scorer, answer_of
         self.drop_equal, self.batch_rows = drop_equal, batch_rows
         self.chat_template_kwargs, self.seed = chat_template_kwargs, seed
+        self.lockstep = Lockstep()
 
     def roll_out(
         self, policy: ActionPolicy, items: Sequence[Item], step: int, trainer_state: Any = None, explores: bool = False
@@ -100,7 +105,8 @@ class RolloutMaker:
         policy.eval()
         policy.deterministic = deterministic and not explores
         try:
-            completions, decisions = self._decode(policy, items, draws, step)
+            with self.lockstep.phase():
+                completions, decisions = self._decode(policy, items, draws, step)
         finally:
             policy.train(was_training)
             policy.deterministic = deterministic

@@ -7,6 +7,7 @@ keep their precision, their gradients are averaged as ever, and a checkpoint is 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..errors import AdaptiveDecodeError
 
+logger = logging.getLogger(__name__)
+
 _ASKED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
@@ -31,23 +34,34 @@ class BaseSharding:
     Args:
         zero (`dict`, *optional*): DeepSpeed's config, of ZeRO-3.
         fsdp ([`~accelerate.utils.FullyShardedDataParallelPlugin`], *optional*): Settings of FSDP2.
+
+    Attributes:
+        parts (`bool`): Whether processes hold parts of the base; with neither of the above each holds all of it.
     """
 
     def __init__(self, zero: dict[str, Any] | None, fsdp: FullyShardedDataParallelPlugin | None) -> None:
         self._zero, self._fsdp = zero, fsdp
+        self.parts = zero is not None or fsdp is not None
+        self._engine: Any = None  # once it is gone the parts are no longer brought together
 
     @classmethod
     def asked(cls, args: TrainingArguments) -> BaseSharding | None:
         """
-        What the launcher or `args` ask for; `None` where every process is to hold all of the base (ZeRO-1 and ZeRO-2
-        part what learns, and that is the Trainer's own affair).
+        What the launcher or `args` ask for, if it is anything but plain data parallelism.
+
+        ZeRO-1 and ZeRO-2 part gradients and optimiser states of what learns, and hold the base whole. What learns here
+        is an adapter, which is kept whole, so nothing is left to part.
 
         Raises:
             [`AdaptiveDecodeError`]: If it is FSDP of the first version.
         """
         if args.deepspeed_plugin is not None:
             config = args.deepspeed_plugin.deepspeed_config
-            return cls(config, None) if config["zero_optimization"]["stage"] == 3 else None
+            stage = config["zero_optimization"]["stage"]
+            if stage == 3:
+                return cls(config, None)
+            logger.info("ZeRO-%d has nothing to part: the base is frozen, and an adapter is kept whole.", stage)
+            return cls(None, None)
         if args.fsdp_plugin_args is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
             return None
         plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
@@ -69,11 +83,13 @@ class BaseSharding:
             yield
 
     def shard(self, model: PreTrainedModel, accelerator: Accelerator) -> None:
-        """Parts all of a model but its adapters, in place."""
+        """Parts all of a model but its adapters, in place, if it is to be parted."""
+        if not self.parts:
+            return
         adapters = model._modules.pop("decoding_adapters")
         try:
             if self._zero is not None:
-                _shard_by_zero(model, self._zero)
+                self._engine = _shard_by_zero(model, self._zero)
             else:
                 _shard_by_fsdp(model, self._fsdp, accelerator.device)
         finally:
@@ -98,7 +114,7 @@ def _shard_by_fsdp(model: PreTrainedModel, plugin: Any, device: torch.device) ->
     fully_shard(model, **how)
 
 
-def _shard_by_zero(model: PreTrainedModel, asked: dict[str, Any]) -> None:
+def _shard_by_zero(model: PreTrainedModel, asked: dict[str, Any]) -> Any:
     import deepspeed
 
     zero = {name: value for name, value in asked["zero_optimization"].items() if value != "auto"}
@@ -109,4 +125,4 @@ def _shard_by_zero(model: PreTrainedModel, asked: dict[str, Any]) -> None:
         "bf16": {"enabled": model.dtype == torch.bfloat16},
         "fp16": {"enabled": model.dtype == torch.float16},
     }
-    deepspeed.initialize(model=model, config=config)
+    return deepspeed.initialize(model=model, config=config)[0]
