@@ -32,7 +32,7 @@ LAYERS = (
         "randomness",
     ),
     ("policies",),
-    ("tap", "sampler", "projection", "request_slots", "losses", "hub"),
+    ("sharding", "tap", "sampler", "projection", "request_slots", "losses", "hub"),
     ("capture", "settings", "generation", "request_sampler", "batching", "adapters", "storage", "detour", "modeling"),
     ("engines", "rewards"),
     ("training", "evaluation"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from .adapters import load_for_adapters, static_settings
 from .comparison import baselines_of, update_cards
+from .engine_flags import add_engine_argument
 from .pictures import has_pictures, write_gains
-from .tasks import add_engine_argument, add_eval_task_arguments, add_model_arguments, load_tasks, positive
+from .tasks import add_eval_task_arguments, add_model_arguments, load_tasks, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

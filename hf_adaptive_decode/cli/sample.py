@@ -11,8 +11,9 @@ from typing import Any
 from ..evaluation.provenance import environment, provenance, without_folders
 from .adapters import static_settings
 from .config_file import UsageError
+from .engine_flags import add_engine_argument
 from .sample_folder import CARD_FILE, COMPLETIONS_FILE, may_write_card, refuse_foreign, training_rows, write_folder
-from .tasks import add_engine_argument, add_model_arguments, asked, check_chat, load_model, positive
+from .tasks import add_model_arguments, asked, check_chat, load_model, positive
 from .training_tasks import add_training_task_arguments, training_problems
 
 

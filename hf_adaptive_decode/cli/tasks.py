@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections import Counter
@@ -20,7 +19,6 @@ from ..evaluation.tasks import PRESETS, Task, find_reward, load_task
 __all__ = [
     "TESTBED",
     "above_zero",
-    "add_engine_argument",
     "add_eval_task_arguments",
     "add_model_arguments",
     "add_named_task_arguments",
@@ -74,30 +72,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """`--model` and `--threads`, which `load_model` reads."""
     parser.add_argument("--model", default=TESTBED, help="folder or Hub id of a model; by default the embedded one")
     parser.add_argument("--threads", type=positive, help="CPU threads; by default what torch chooses")
-
-
-def add_engine_argument(group: Any, more: str = "") -> None:
-    """`--engine`, of which help says `more`, and `--engine-options`."""
-    # Their own table of names would load torch.
-    names = ["transformers", "continuous_batching", "vllm", "vllm_server"]
-    group.add_argument("--engine", default=names[0], choices=names, help=f"what decodes{more}")
-    group.add_argument(
-        "--engine-options",
-        type=_options,
-        default={},
-        metavar="JSON",
-        help='what the engine takes besides, such as \'{"max_model_len": 4096}\' or \'{"url": "http://localhost:8000"}\'',
-    )
-
-
-def _options(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} has to be an object, such as {{"max_model_len": 4096}}')
-    return found
 
 
 def add_eval_task_arguments(parser: argparse.ArgumentParser) -> None:

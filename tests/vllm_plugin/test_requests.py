@@ -1,4 +1,4 @@
-"""What requests may ask of an engine with an adapter: seeds, opting out, traces, new weights, grammars; and what not."""
+"""What requests may ask of an engine with an adapter: seeds, opting out, traces, new weights, grammars; what not."""
 
 from __future__ import annotations
 
