@@ -8,6 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)
 
 VLLM_PIP := $(VLLM_VENV)/bin/pip --disable-pip-version-check install --quiet
+VLLM_TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/pytest
 
 .PHONY: demo test test-vllm bench quality style clean
 
@@ -17,8 +18,10 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(RUN)/pytest -n 2 --dist loadfile
 
+# The second time with vLLM's other model runner, whose kernels are interpreted where there is no GPU.
 test-vllm: $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/pytest tests/vllm_plugin
+	$(VLLM_TEST) tests/vllm_plugin
+	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_TEST) tests/vllm_plugin/test_logprobs.py tests/vllm_plugin/test_drafts.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
