@@ -1,0 +1,49 @@
+"""An engine is started with an adapter's Hub id, and finds the base that the adapter names at its commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import tiny
+from hub_server import Hub, environment
+from served import Asked, adapter_folder, base_folder, engine, run
+
+from hf_adaptive_decode import AutoDecoForCausalLM
+
+PROMPT = tiny.prompts(1, 9, seed=3)
+CODE = """
+import json
+from served import Asked, engine, run
+llm = engine("me/adapter", revision="v1")
+config = llm.llm_engine.vllm_config.model_config
+tokens = list(run(llm, [Asked({prompt}, {{"seed": 4}})])[0].outputs[0].token_ids)
+print(json.dumps([tokens, config.model, config.revision, config.tokenizer]))
+"""
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_hub_id(tmp_path):
+    model = AutoDecoForCausalLM.from_pretrained(adapter_folder("heads"), base_folder())
+    with Hub() as hub:
+        commit = hub.push("me/base", files_in(base_folder()))
+        hub.push("me/base", {"config.json": b"a later commit that cannot be read"})
+        model.decoding_configs["default"].base_model_name_or_path = "me/base"
+        model.decoding_configs["default"].base_model_revision = commit
+        model.save_pretrained(tmp_path / "adapter")
+        hub.push("me/adapter", files_in(tmp_path / "adapter"), branch="v1")
+        mine = environment(tmp_path, HF_ENDPOINT=hub.address, VLLM_CPU_KVCACHE_SPACE="1")
+        mine["PYTHONPATH"] = os.pathsep.join([mine["PYTHONPATH"], *sys.path])
+        code = CODE.format(prompt=PROMPT[0].tolist())
+        done = subprocess.run([sys.executable, "-c", code], env=mine, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    tokens, base, revision, tokenizer = json.loads(done.stdout.splitlines()[-1])
+    assert (base, revision, tokenizer) == ("me/base", commit, "me/base")
+    # The same seed in this process, from the folder.
+    llm = engine(adapter_folder("heads"))
+    assert tokens == list(run(llm, [Asked(PROMPT[0].tolist(), {"seed": 4})])[0].outputs[0].token_ids)
