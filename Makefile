@@ -1,18 +1,27 @@
-# make demo, make test, make quality, make bench: each makes the environment it needs.
+# make demo, make test, make test-vllm, make quality, make bench: each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # One thread a process: the tests and the demo's tiny models are slower with more.
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)
 
-.PHONY: demo test bench quality style clean
+VLLM_PIP := $(VLLM_VENV)/bin/pip --disable-pip-version-check install --quiet
+VLLM_TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/pytest
+
+.PHONY: demo test test-vllm bench quality style clean
 
 demo: $(VENV)/.core
 	$(RUN)/hf-adaptive-decode demo --output demo_output --json demo_output/results.json
 
 test: $(VENV)/.dev
 	$(RUN)/pytest -n 2 --dist loadfile
+
+# The second time with vLLM's other model runner, whose kernels are interpreted where there is no GPU.
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_TEST) tests/vllm_plugin
+	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_TEST) tests/vllm_plugin/test_logprobs.py tests/vllm_plugin/test_drafts.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
@@ -37,5 +46,14 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PIP) --editable ".[all,dev]"
 	touch $@
 
+# vLLM wants other versions of what the rest wants, too, so it has an environment of its own.
+$(VLLM_VENV)/.installed: pyproject.toml tests/vllm_plugin/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) torch==2.13.0
+	$(VLLM_PIP) --no-deps --require-hashes --requirement tests/vllm_plugin/requirements.txt
+	$(VLLM_PIP) --no-deps --no-build-isolation --editable .
+	$(VLLM_VENV)/bin/python tests/vllm_plugin/name_distribution.py
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info demo_output

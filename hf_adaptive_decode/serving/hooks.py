@@ -68,18 +68,14 @@ def _set_up(vllm_config: Any) -> None:
             "speculative decoding goes with an adapter in vLLM's V2 model runner alone (the V1 runner checks drafts "
             "without asking logits processors): set VLLM_USE_V2_MODEL_RUNNER=1, or leave `--speculative-config` out."
         )
-    if getattr(parallel, "enable_batch_sharded_sampling", None):
+    if vars(parallel).get("enable_batch_sharded_sampling"):  # older versions have no such thing
         raise UnsupportedGenerationError(
             "batch-sharded sampling computes logits in a way that hides their hidden states; leave "
             "`--enable-batch-sharded-sampling` out."
         )
-    kind = (
-        "SamplesAdapterProcessor" if "samples" in config.budget_features or config.action_prior else "AdapterProcessor"
-    )
+    reads_samples = "samples" in config.budget_features or len(config.action_prior or []) > 1
+    kind = "SamplesAdapterProcessor" if reads_samples else "AdapterProcessor"
     module = f"{__package__}.runner_{'v2' if is_second else 'v1'}"
     model_config.logits_processors = [*(model_config.logits_processors or []), f"{module}:{kind}"]
-    if is_second:
-        # By default it is chosen when nothing is said, and it would be chosen now.
-        parallel.enable_batch_sharded_sampling = False
     if not parallel.worker_extension_cls:
         parallel.worker_extension_cls = _WORKER

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,14 +28,19 @@ def _adaptive(name: str, base: Any) -> type:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             # Not a submodule: vLLM loads, quantises, compiles and counts those.
             self.__dict__["decoding"] = open_adapter(vllm_config)
+            self.__dict__["engine_config"] = vllm_config
 
         def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
             self.__dict__["decoding"].hear(hidden_states)
             logits: torch.Tensor | None = super().compute_logits(hidden_states, *args, **kwargs)
             return logits
 
-        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
-            return super().load_weights(weights)
+        def get_model_state_cls(self) -> type:
+            # Asked by the V2 runner alone.
+            from .runner_v2 import state_class
+
+            own = getattr(super(), "get_model_state_cls", None)
+            return state_class(self.__dict__["engine_config"], self, None if own is None else own())
 
     Adaptive.__name__ = Adaptive.__qualname__ = name
     Adaptive.__module__ = __name__

@@ -16,6 +16,7 @@ from .requests import RequestSettings
 # Decided, and not taken, for so many requests at most; the oldest go first.
 _MAX_KEPT = 1 << 14
 _PARAMETERS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+_UNCOUNTED = -1
 _log = logging.getLogger("vllm.hf_adaptive_decode")
 
 
@@ -77,13 +78,19 @@ class Recorder:
             self._in_batch.add(slot)
 
     def add(
-        self, slots: torch.Tensor, steps: torch.Tensor, parameters: SamplingParameters, seen: Observation | None
+        self,
+        slots: torch.Tensor,
+        steps: torch.Tensor,
+        counted: torch.Tensor | None,
+        parameters: SamplingParameters,
+        seen: Observation | None,
     ) -> None:
         """
         Notes what was decided, if any request has asked for it. Nothing waits for an accelerator.
 
         Args:
             slots, steps (`torch.Tensor` of shape `[N]`, `torch.long`): Which token of which request.
+            counted (`torch.Tensor` of shape `[N]`, `torch.bool`, *optional*): Which of them a token will come of.
             parameters ([`SamplingParameters`]): What was decided, fields of shape `[N]` or scalars.
             seen ([`Observation`], *optional*): What the policy saw.
         """
@@ -93,6 +100,7 @@ class Recorder:
         if seen is not None and any(self._records[slot].settings.observes for slot in self._in_batch):
             columns |= {f"seen.{f.name}": v for f in fields(seen) if (v := getattr(seen, f.name)) is not None}
         rows = len(slots)
+        steps = steps if counted is None else torch.where(counted, steps, _UNCOUNTED)
         kept = {
             name: (value if is_per_row(value) else torch.full((rows,), value)).to("cpu", non_blocking=True)
             for name, value in columns.items()
@@ -113,7 +121,7 @@ class Recorder:
             torch.cuda.synchronize()
         for batch in self._batches:
             for row, (slot, step) in enumerate(zip(batch.slots.tolist(), batch.steps.tolist(), strict=True)):
-                if slot in self._in_batch:
+                if slot in self._in_batch and step != _UNCOUNTED:
                     record = self._records[slot]
                     own = {n: v[row] for n, v in batch.columns.items()}
                     record.steps[step] = own if record.settings.observes else _without_seen(own)

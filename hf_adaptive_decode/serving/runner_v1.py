@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
 
 from .requests import check_request, read_settings
-from .served import Request, Rows, ServedAdapter, served_by
+from .served import Request, Rows, ServedAdapter, Steps, served_by
 
 # Where a request's places are kept: what comes back after preemption is the same parameters object.
 _PLACES = "hf_adaptive_decode"
@@ -67,7 +67,8 @@ class AdapterProcessor(LogitsProcessor):
             return logits
         adapter = self._adapter()
         hidden = adapter.next_hidden(logits.shape[0])
-        steps = self._on_device(torch.tensor([len(request.slot.owner) for request in self._order]))
+        tokens = self._on_device(torch.tensor([len(request.slot.owner) for request in self._order]))
+        steps = Steps(tokens, tokens == 0)
         if len(self._order) == logits.shape[0]:
             return adapter.warp(logits, hidden, steps, self._rows, inplace=True)
         logits[self._at] = adapter.warp(logits[self._at], hidden[self._at], steps, self._rows, inplace=True)
@@ -103,10 +104,7 @@ class AdapterProcessor(LogitsProcessor):
         ][:1]
 
     def _adapter(self) -> ServedAdapter:
-        adapter = served_by(self._engine)
-        if adapter is None:
-            raise RuntimeError("the engine's model was made without its adapter; this version of vLLM is not known.")
-        return adapter
+        return served_by(self._engine)
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":

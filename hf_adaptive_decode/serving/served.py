@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from ..request_slots import HeldDecisions, Slot, Slots
 from ..types import DecodeState, Observation
 from ..warping import warp_logits
 from .records import Recorder
-from .requests import RequestSettings
+from .requests import RequestSettings, read_settings
 
 _ACTION_STREAM = 0
+# Of requests that have ended or were put off, where the runner does not say which: so many may be put off at once.
+_MAX_AWAY = 1 << 15
 _OF_NO_EFFECT = {
     "policy_dropout",
     "detach_temperature",
@@ -54,6 +57,22 @@ class Rows:
     budget: torch.Tensor
     samples: torch.Tensor
     keys: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Steps:
+    """
+    Where the rows are in their requests, as tensors on the device of shape `[N]`.
+
+    Args:
+        tokens (`torch.long`): Tokens that the request has generated.
+        first (`torch.bool`): Whether what is decided now holds for policies that decide once.
+        counted (`torch.bool`, *optional*): Whether a token will come of the row; all of them by default.
+    """
+
+    tokens: torch.Tensor
+    first: torch.Tensor
+    counted: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,10 @@ class ServedAdapter:
         self._seed, self._requests = seed, 0
         self._hidden: torch.Tensor | None = None
         self._read = 0
+        # Where the runner has names for requests: of those in its slots, of those in the batch, of the others.
+        self.ids: dict[int, str] = {}
+        self._running: dict[str, Request] = {}
+        self._away: OrderedDict[str, Request] = OrderedDict()
         _SERVED[engine] = self
 
     def hear(self, hidden: torch.Tensor) -> None:
@@ -118,17 +141,35 @@ class ServedAdapter:
         self.recorder.enter(request.slot.index, settings)
         return request
 
+    def enter(self, place: int, params: Any) -> Request:
+        """The request whose id stands in `ids` at this place of the runner's; it may have been here before."""
+        name = self.ids[place]
+        request = self._away.pop(name, None)
+        if request is None:
+            request = self.request(read_settings(params.extra_args), params.max_tokens, params.seed, owner=name)
+        self.recorder.come_back(request.slot.index)
+        self._running[name] = request
+        return request
+
+    def leave(self, name: str) -> None:
+        """The request has ended or was put off."""
+        request = self._running.pop(name, None)
+        if request is None:
+            return
+        self.recorder.leave(request.slot.index)
+        self._away[name] = request
+        while len(self._away) > _MAX_AWAY:
+            self._away.popitem(last=False)
+
     @torch.no_grad()
-    def warp(
-        self, logits: torch.Tensor, hidden: torch.Tensor, steps: torch.Tensor, rows: Rows, inplace: bool
-    ) -> torch.Tensor:
+    def warp(self, logits: torch.Tensor, hidden: torch.Tensor, steps: Steps, rows: Rows, inplace: bool) -> torch.Tensor:
         """
         Logits `[N, V]` → warped logits `[N, V]`, `torch.float32`. Nothing waits for an accelerator.
 
         Args:
             logits (`torch.Tensor` of shape `[N, V]`): With what is forbidden at -inf.
             hidden (`torch.Tensor` of shape `[N, H]`): Input of the output embedding.
-            steps (`torch.Tensor` of shape `[N]`, `torch.long`): Tokens that each request has generated.
+            steps ([`Steps`]): Where they are in their requests.
             rows ([`Rows`]): Whose rows they are.
             inplace (`bool`): Whether the logits may be overwritten.
         """
@@ -136,9 +177,9 @@ class ServedAdapter:
         state = DecodeState(
             hidden,
             logits,
-            (rows.budget - steps).clamp(min=1),
+            (rows.budget - steps.tokens).clamp(min=1),
             rows.samples,
-            uniform=row_uniforms(rows.keys, steps, _ACTION_STREAM) if self.policy.has_actions else None,
+            uniform=row_uniforms(rows.keys, steps.tokens, _ACTION_STREAM) if self.policy.has_actions else None,
             maxima=maxima,
         )
         seen: Observation | None = None
@@ -147,8 +188,8 @@ class ServedAdapter:
         else:
             parameters = self.policy(state)
         if self.policy.decides_once:
-            parameters = self._held.keep(parameters, rows.slots, steps == 0)
-        self.recorder.add(rows.slots, steps, parameters, seen)
+            parameters = self._held.keep(parameters, rows.slots, steps.first)
+        self.recorder.add(rows.slots, steps.tokens, steps.counted, parameters, seen)
         return warp_logits(logits, parameters, inplace=inplace, maxima=maxima)
 
     def load(self, path: str) -> None:
@@ -187,9 +228,17 @@ class ServedAdapter:
         self.source = path
 
 
-def served_by(engine: str) -> ServedAdapter | None:
-    """The adapter of an engine, once its model has been made."""
-    return _SERVED.get(engine)
+def served_by(engine: str) -> ServedAdapter:
+    """
+    The adapter of an engine, once its model has been made.
+
+    Raises:
+        [`AdapterLoadError`]: If the model was made without one.
+    """
+    adapter = _SERVED.get(engine)
+    if adapter is None:
+        raise AdapterLoadError("the engine's model was made without an adapter.")
+    return adapter
 
 
 def read_served(source: str, config: AutoDecoConfig, files: Any, device: torch.device) -> DecodingPolicy:

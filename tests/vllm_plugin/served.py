@@ -14,9 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM
 from hf_adaptive_decode.policies import HeadsPolicy
+from hf_adaptive_decode.serving.client import take_traces
 from hf_adaptive_decode.types import DecodeState
 
 VOCABULARY, HIDDEN, EOS = 160, 64, 2
+TOLERANCE = 1e-3
+# An engine that is collected takes the process groups of the others along.
+_ALIVE: list[Any] = []
 FOLDER = Path(tempfile.mkdtemp(prefix="served-"))
 _SHAPE = {
     "vocab_size": VOCABULARY,
@@ -110,8 +114,11 @@ def engine(model: Path, **settings: Any) -> Any:
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
         "seed": 0,
+        "kv_cache_memory_bytes": 32 << 20,
     }
-    return LLM(model=str(model), **(defaults | settings))
+    made = LLM(model=str(model), **(defaults | settings))
+    _ALIVE.append(made)
+    return made
 
 
 def sampling(**settings: Any) -> Any:
@@ -229,4 +236,29 @@ def full_logprobs(completion: Any) -> np.ndarray:
 def differences(found: np.ndarray, wanted: np.ndarray) -> tuple[float, int]:
     """The largest difference where both are finite, and how many tokens only one of them allows."""
     both = np.isfinite(found) & np.isfinite(wanted)
-    return float(np.abs(found - wanted)[both].max()), int((np.isfinite(found) != np.isfinite(wanted)).sum())
+    return float(np.abs(found[both] - wanted[both]).max()), int((np.isfinite(found) != np.isfinite(wanted)).sum())
+
+
+def hold_against_truth(truth: Truth, llm: Any, asked: list[Asked], outputs: list[Any]) -> int:
+    """Every token's full log-probabilities are the truth's, and it is one of those allowed; how many there were."""
+    tags = [one.extra.get("decoding_trace") for one in asked]
+    traces = take_traces(llm, [tag for tag in tags if tag])
+    worst, mismatches, rows = 0.0, 0, 0
+    for one, output, tag in zip(asked, outputs, tags, strict=True):
+        for number, completion in enumerate(output.outputs):
+            tokens = list(completion.token_ids)
+            action = traces[tag][number].parameters.action if tag else None
+            actions = None if action is None else action.tolist()
+            # Drafts behind the end of a completion have been decided for, too.
+            actions = None if actions is None else actions[: len(tokens)]
+            assert actions is None or len(actions) == len(tokens)
+            if actions is not None and truth.policy.config.max_prob_mask is not None:
+                assert [action < 0 for action in actions] == truth.sure(one, tokens)
+            wanted = truth.logprobs(one, tokens, actions)
+            found = full_logprobs(completion)
+            difference, mismatched = differences(found, wanted)
+            worst, mismatches, rows = max(worst, difference), mismatches + mismatched, rows + len(tokens)
+            assert np.isfinite(found[np.arange(len(tokens)), tokens]).all()
+    assert worst <= TOLERANCE, worst
+    assert mismatches == 0
+    return rows

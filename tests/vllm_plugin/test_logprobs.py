@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import tiny
-from served import POLICIES, Asked, Truth, adapter_folder, differences, engine, full_logprobs, run
+from served import POLICIES, Asked, Truth, adapter_folder, engine, hold_against_truth, run
 
 from hf_adaptive_decode.serving.client import take_traces
 
-TOLERANCE = 1e-3
 CASES = [*((name, "qwen3") for name in POLICIES), ("heads", "llama"), ("token_actions", "llama")]
 
 
@@ -31,28 +29,6 @@ def mixed_batch(tag: str) -> list[Asked]:
         Asked(short[4], {"extra_args": {"adaptive_decoding": False}}),
         Asked(long[2], {"extra_args": extra(8)}),
     ]
-
-
-def hold_against_truth(truth, llm, asked, outputs):
-    tags = [one.extra.get("decoding_trace") for one in asked]
-    traces = take_traces(llm, [tag for tag in tags if tag])
-    worst, mismatches, rows = 0.0, 0, 0
-    for one, output, tag in zip(asked, outputs, tags, strict=True):
-        for number, completion in enumerate(output.outputs):
-            tokens = list(completion.token_ids)
-            action = traces[tag][number].parameters.action if tag else None
-            actions = None if action is None else action.tolist()
-            assert actions is None or len(actions) == len(tokens)
-            if actions is not None and truth.policy.config.max_prob_mask is not None:
-                assert [action < 0 for action in actions] == truth.sure(one, tokens)
-            wanted = truth.logprobs(one, tokens, actions)
-            found = full_logprobs(completion)
-            difference, mismatched = differences(found, wanted)
-            worst, mismatches, rows = max(worst, difference), mismatches + mismatched, rows + len(tokens)
-            assert np.isfinite(found[np.arange(len(tokens)), tokens]).all()
-    assert worst <= TOLERANCE, worst
-    assert mismatches == 0
-    return rows
 
 
 @pytest.mark.parametrize(("name", "family"), CASES, ids=lambda value: value)
