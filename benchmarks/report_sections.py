@@ -205,7 +205,8 @@ def training(found: Result) -> str:
     parts = [
         f"{settings['tokens']:,} tokens, vocabulary {settings['vocab']:,}. Plain is the paper's equations as written, "
         f"on {settings['plain_tokens']} tokens for want of memory and scaled. (a) loss and gradients, (b) memory that "
-        "they add, (c) a training step with a frozen body of the 0.6B's shape over that body's forward pass.",
+        "they add, (c) a training step with a frozen body of the 0.6B's shape over that body's forward pass, on "
+        f"{settings.get('step_tokens', settings['tokens']):,} tokens.",
         table(["", "logits", "ratio", "median and range"], rows),
     ]
     for c in cells:

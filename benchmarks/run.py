@@ -27,7 +27,7 @@ FULL: dict[str, list[str]] = {
     "startup": [],
     "warping": [],
     "decoding": ["--compile", "tiny:1:64"],
-    "training_step": [],
+    "training_step": ["--step-tokens", "512"],
     "profile_steps": [],
     "rollout": ["--parts", "c", "d", *_MIXED_SIZE],
     "epoch_cache": ["--tokens", "1024", "--rounds", "7"],

@@ -6,7 +6,8 @@ What the decoding loss of a training step costs, in time and in memory, and how 
 (a) time of the loss and its gradients: the paper's equations as anyone would write them (full logits, full sort,
     autograd) against the library's, on the same hidden states and output layer.
 (b) memory that each adds: the peak above what was there just before, each in a process of its own.
-(c) a training step with a frozen body of Qwen3 0.6B's shape against that model's forward pass alone.
+(c) a training step with a frozen body of Qwen3 0.6B's shape against that model's forward pass alone, on
+    `--step-tokens` tokens: both are linear in them.
 (d) the library's loss over the number of tokens and over the vocabulary: time, and added memory as in (b).
 
 The two sides of a ratio take turns, round by round, so that a slow minute hits both. Weights are random; see
@@ -224,7 +225,7 @@ def compare_training_step(args: argparse.Namespace, shape: str, body: Any) -> di
     """(c): the training step over the frozen forward pass."""
     weight = body.embed_tokens.weight.detach()
     torch.manual_seed(args.seed)
-    tokens = torch.randint(0, args.vocab, (4, args.tokens // 4)).to(args.device)
+    tokens = torch.randint(0, args.vocab, (4, args.step_tokens // 4)).to(args.device)
     scales = realistic_scales(tokens.numel(), shape).to(args.device)
     heads = Heads(args.hidden).to(args.device)
     uniform = torch.rand(tokens.numel()).to(args.device)
@@ -309,7 +310,7 @@ def main() -> None:
     add_arguments(parser, rounds=7)
     for name, default in (
         ("tokens", 2048), ("plain-tokens", 256), ("vocab", 151_936), ("hidden", 1024), ("layers", 28),
-        ("growth-rows", 512),
+        ("growth-rows", 512), ("step-tokens", 2048),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--parts", nargs="+", choices="abcd", default=list("abcd"))
@@ -318,7 +319,7 @@ def main() -> None:
     parser.add_argument("--measure", choices=sorted(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--sizes", type=size, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.plain_tokens = min(args.plain_tokens, args.tokens)
+    args.plain_tokens, args.step_tokens = min(args.plain_tokens, args.tokens), min(args.step_tokens, args.tokens)
     if args.measure:
         torch.set_num_threads(args.threads)
         added_memory(args)

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 
+from .blocks import rows_at_once
 from .nucleus import largest
 from .types import DecodeState
 
@@ -16,8 +17,6 @@ STATISTICS = ("max_probability", "entropy", "variance", "top5_mass")
 _SCALED_EPSILON = 1e-8
 # exp(-200) is 0 in fp32; a scaled logit further down, or -inf, would turn 0 * inf into NaN.
 _LOWEST_SCALED = -200.0
-# Elements worked on at once on a processor, so that the passes over a row read its cache.
-_BLOCK_ELEMENTS = 1 << 20
 
 
 def logit_statistics(logits: torch.Tensor, maxima: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,9 +34,9 @@ def logit_statistics(logits: torch.Tensor, maxima: torch.Tensor | None = None) -
         `torch.Tensor` of shape `[..., 4]`, `torch.float32`, in the order of `STATISTICS`.
     """
     logits = logits.float()
-    rows, vocabulary = logits.reshape(-1, logits.shape[-1]), logits.shape[-1]
+    rows = logits.reshape(-1, logits.shape[-1])
     peak = rows.amax(-1, keepdim=True) if maxima is None else maxima.float().reshape(-1, 1)
-    parts = max(1, _BLOCK_ELEMENTS // vocabulary) if logits.device.type == "cpu" else max(1, len(rows))
+    parts = rows_at_once(rows)
     found = [_statistics(part, of_part) for part, of_part in zip(rows.split(parts), peak.split(parts), strict=True)]
     return torch.cat(found).reshape(*logits.shape[:-1], len(STATISTICS))
 

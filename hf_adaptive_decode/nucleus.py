@@ -8,6 +8,9 @@ accelerator, where asking how many there are would make the host wait: a radix s
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -24,7 +27,25 @@ _MANY_PART, _MANY, _STRIDE, _MARGIN = 1 / 16, 1 << 14, 64, 0.02
 _NEVER = -float("inf")
 # The device whose values can be read without waiting for it.
 HOST = "cpu"
-_Edge = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """
+    The last token of each row's nucleus.
+
+    Args:
+        score (`torch.Tensor` of shape `[N, 1]`): -inf where there is no edge.
+        count (`torch.Tensor` of shape `[N]`): How many tokens of that score belong to the nucleus.
+        more (`torch.Tensor` of shape `[N]`, bool): Whether there are more than those.
+        among (`np.ndarray` of shape `[n]`, *optional*): Places, in the flattened scores and in rising order, that hold
+            every token of every nucleus, if that is known and each row has an edge.
+    """
+
+    score: torch.Tensor
+    count: torch.Tensor
+    more: torch.Tensor
+    among: np.ndarray | None = None
 
 
 def kth_largest(scores: torch.Tensor, k: torch.Tensor | int) -> torch.Tensor:
@@ -68,7 +89,7 @@ def largest(scores: torch.Tensor, k: int) -> torch.Tensor:
     return torch.cat([members, scores[:, grouped:]], dim=-1).topk(k, dim=-1).values
 
 
-def nucleus_edge(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> _Edge:
+def nucleus_edge(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> Edge:
     """
     The last token of each row's nucleus: transformers keeps a token while the mass ahead of it is below top-p.
 
@@ -77,10 +98,6 @@ def nucleus_edge(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, f
         peak (`torch.Tensor` of shape `[N, 1]`): The largest score of each row, finite.
         mass (`torch.Tensor` of shape `[N]`): P; a row with 1 or more has no edge.
         floor (`torch.Tensor` of shape `[N, 1]`, *optional*): Tokens with scores below it are ruled out, too.
-
-    Returns:
-        The edge's score `[N, 1]` (-inf for none), how many tokens of that score belong to the nucleus `[N]`, and
-        whether there are more than those `[N]`.
     """
     if scores.device.type != HOST:
         return _edge_by_radix(scores, peak, mass, floor)
@@ -89,7 +106,7 @@ def nucleus_edge(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, f
     return _edge_by_buckets(scores, peak, mass, floor)
 
 
-def _edge_by_sort(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> _Edge:
+def _edge_by_sort(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> Edge:
     kept = scores if floor is None else scores.masked_fill(scores < floor, _NEVER)
     ranked = kept.sort(-1, descending=True).values
     weight = torch.exp(ranked - peak).double()
@@ -100,40 +117,69 @@ def _edge_by_sort(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, 
     equal = ranked == edge
     count = (equal & (torch.arange(ranked.shape[-1]) < size)).sum(-1)
     is_open = mass < 1
-    return edge.masked_fill(~is_open[:, None], _NEVER), count, (equal.sum(-1) > count) & is_open
+    return Edge(edge.masked_fill(~is_open[:, None], _NEVER), count, (equal.sum(-1) > count) & is_open)
 
 
-def _edge_by_buckets(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> _Edge:
-    # numpy takes exponentials twice and compares ten times as fast as torch does, and wakes no thread for it, which
-    # within a model's step takes longer than the work.
-    score, highest, part = scores.numpy(), peak.numpy(), mass.double().numpy()
-    weight = np.subtract(score, highest)
-    np.exp(weight, out=weight)
+class _Scratch(threading.local):
+    """Memory that a thread uses again: to get and give back as much for every step takes longer than to fill it."""
+
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, torch.Tensor] = {}
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As large as `tensor`, until the thread asks again."""
+        held = self._held.get(tensor.dtype)
+        if held is None or held.numel() < tensor.numel():
+            with torch.inference_mode(False):  # what is made in that mode could not be used outside of it
+                held = self._held[tensor.dtype] = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        return held[: tensor.numel()].view(tensor.shape)
+
+
+_SCRATCH = _Scratch()
+
+
+def _edge_by_buckets(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> Edge:
+    # The fused kernel takes exponentials on all threads at once, and numpy compares ten times as fast as torch does.
+    weights = torch.softmax(scores, -1, out=_SCRATCH.like(scores))
+    weight, score, part = weights.numpy(), scores.numpy(), mass.double().numpy()
     if floor is not None:
         weight *= score >= floor.numpy()
+    total = weights.sum(-1).double().numpy()  # not 1: that kernel adds up naively, which may be off by 2e-5
     rows, vocabulary = weight.shape
-    total = weight.sum(-1).astype(np.float64)
     wanted, is_open = part * total, part < 1
     # A hair below (1 - P) / V of the mass, so that no rounding rules out the edge; above all where there is none.
     low = np.where(is_open, (1 - part) * total / vocabulary * 0.999, np.inf).astype(weight.dtype)
     high, ahead = np.full_like(low, np.inf), np.zeros(rows)
     is_candidate = weight >= low[:, None]
-    if np.count_nonzero(is_candidate) > max(_MANY, _MANY_PART * is_candidate.size):
+    is_few = np.count_nonzero(is_candidate) <= max(_MANY, _MANY_PART * is_candidate.size)
+    if not is_few:
         low, high, ahead = _bracket(weight, part, total, low)
         is_candidate = (weight >= low[:, None]) & (weight < high[:, None])
-    found = np.flatnonzero(is_candidate)
+    found = _places(is_candidate)
     counts = np.diff(np.searchsorted(found, np.arange(rows + 1) * vocabulary))
     row = np.repeat(np.arange(rows), counts)
     mine, its_score = weight.ravel()[found].astype(np.float64), score.ravel()[found]
 
     if len(found) > _FEW:
         # The bucket in which the mass is reached holds few.
-        top, bottom = (highest[:, 0] + np.log(np.clip(w, np.finfo(np.float64).tiny, 1.0)) for w in (high, low))
+        first = np.minimum(counts.cumsum() - counts, len(found) - 1)
+        top, bottom = (of.reduceat(its_score, first) for of in (np.maximum, np.minimum))
         buckets = _Buckets(row, its_score, mine, top, bottom, min(vocabulary // _WORDS_A_BUCKET, _MOST_BUCKETS))
         member, ahead = buckets.in_which(wanted, ahead)
         row, its_score, mine = row[member], its_score[member], mine[member]
     edge, count, more = _edge_among(row, its_score, mine, ahead, wanted)
-    return torch.from_numpy(edge)[:, None], torch.from_numpy(count), torch.from_numpy(more)
+    among = found if is_few and is_open.all() else None
+    return Edge(torch.from_numpy(edge)[:, None], torch.from_numpy(count), torch.from_numpy(more), among)
+
+
+def _places(mask: np.ndarray) -> np.ndarray:
+    """`np.flatnonzero` of a mask that holds few, which goes over eight of them at once."""
+    flat = mask.reshape(-1)
+    if flat.size % 8:
+        return np.flatnonzero(flat)
+    near = (np.flatnonzero(flat.view(np.uint64))[:, None] * 8 + np.arange(8)).reshape(-1)
+    found: np.ndarray = near[flat[near]]
+    return found
 
 
 class _Buckets:
@@ -208,7 +254,7 @@ def _edge_among(
     return edge, count, np.bincount(row, weights=is_equal, minlength=len(wanted)) > count
 
 
-def _edge_by_radix(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> _Edge:
+def _edge_by_radix(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> Edge:
     weights = torch.sub(scores, peak).exp_()
     if floor is not None:
         weights.masked_fill_(scores < floor, 0.0)
@@ -220,7 +266,7 @@ def _edge_by_radix(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor,
     each = (edge - peak).exp().double()[:, 0].clamp(min=torch.finfo(torch.float64).tiny)
     count = ((wanted - ahead) / each).ceil().clamp(min=1, max=scores.shape[-1]).long()
     is_open = mass < 1
-    return edge.masked_fill(~is_open[:, None], _NEVER), count, (equal.sum(-1) > count) & is_open
+    return Edge(edge.masked_fill(~is_open[:, None], _NEVER), count, (equal.sum(-1) > count) & is_open)
 
 
 def _radix_search(

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .errors import AdaptiveDecodeError
+from .sharding import is_sharded, whole
 from .tap import output_embedding
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -21,13 +24,20 @@ class Projection:
     Some models change the logits behind that layer (Gemma 2 caps them, Cohere and Granite scale them). What is done is
     read from the config and then checked against the model's own logits on the first batch.
 
+    Of a model whose layers are sharded over processes a copy of the output embedding is kept whole: how many positions
+    are asked for is each process's own affair.
+
     Args:
         model ([`~transformers.PreTrainedModel`]): The model.
+
+    Raises:
+        [`AdaptiveDecodeError`]: If the output embedding is sharded and no plain linear layer.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._layer = output_embedding(model)
+        self._project = _whole_linear(self._layer) if is_sharded(self._layer) else self._layer
         self._transform: Transform | None = None
 
     def hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
@@ -68,7 +78,7 @@ class Projection:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[C, V]` of hidden states `[C, H]`, as the model itself would give them."""
-        raw = self._layer(hidden)
+        raw = self._project(hidden)
         return raw if self._transform is None else self._transform(raw)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -101,6 +111,18 @@ class FrozenProjection(Projection):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As [`Projection.logits`]."""
         return super().logits(hidden)
+
+
+def _whole_linear(layer: nn.Module) -> Transform:
+    if not isinstance(layer, nn.Linear) or not type(layer).forward.__module__.startswith("torch.nn."):
+        raise AdaptiveDecodeError(
+            f"the output embedding is a {type(layer).__name__} and is sharded over processes, and only a linear layer "
+            "can be made whole again; load the base without quantisation, and merge a LoRA of that layer, or leave the "
+            "base whole in every process (examples/accelerate/ddp.yaml)."
+        )
+    parameters = dict(layer.named_parameters(recurse=False))
+    weight, bias = whole(parameters["weight"]), whole(parameters["bias"]) if "bias" in parameters else None
+    return lambda hidden: F.linear(hidden, weight, bias)
 
 
 def _candidates(model: PreTrainedModel) -> list[Transform]:

@@ -8,16 +8,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from .blocks import rows_at_once
 from .errors import SamplingParameterError
-from .nucleus import HOST, kth_largest, nucleus_edge, row_maxima
+from .nucleus import HOST, Edge, kth_largest, nucleus_edge, row_maxima
 from .types import Field, SamplingParameters
 
 # Below this a temperature is as good as greedy (a gap of 1e-4 becomes e^-100) and dividing by it could overflow.
 MIN_TEMPERATURE = 1e-6
 # Above this every finite row is flat, and beyond fp32 a row would become NaN.
 MAX_TEMPERATURE = 1e6
-# Elements worked on at once on a processor: the several passes over a row then read its cache and not the memory.
-_BLOCK_ELEMENTS = 1 << 20
 _OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0}
 _NEVER = -float("inf")
 _MAX_TOP_K = 1 << 31
@@ -59,7 +58,7 @@ def warp_logits(
         return scores
     may_overwrite = (inplace or scores is not logits) and scores.is_contiguous()
     warped = scores if may_overwrite else torch.empty_like(scores, memory_format=torch.contiguous_format)
-    rows = scores.shape[0] if scores.device.type != HOST else max(1, _BLOCK_ELEMENTS // scores.shape[-1])
+    rows = rows_at_once(scores)
     for start in range(0, scores.shape[0], rows):
         part = slice(start, start + rows)
         _warp_into(warped[part], scores[part], parameters.select(part), None if maxima is None else maxima[part])
@@ -83,12 +82,12 @@ def _warp_into(
         peak = None if peak is None else peak / t  # rounding keeps the order, so this is the largest quotient
 
     floor = kth_largest(scores, cast(Any, parameters.top_k)) if _acts(parameters, "top_k") else None
-    ties = None
+    edge = None
     if peak is not None and _acts(parameters, "top_p"):
         mass = _column(parameters.top_p, scores).expand(len(scores), 1)
-        mass = mass if greedy is None else mass.masked_fill(greedy.where, 1.0)
-        ties = nucleus_edge(scores, peak, mass.squeeze(-1), floor)
-        floor = ties[0] if floor is None else torch.maximum(floor, ties[0])
+        mass = mass if greedy is None else mass.masked_fill(greedy.where, 0.0)
+        edge = nucleus_edge(scores, peak, mass.squeeze(-1), floor)
+        floor = edge.score if floor is None else torch.maximum(floor, edge.score)
     if peak is not None and cuts_ratio:
         # p < min_p · max p, in log space; log(0) = -inf switches a row off.
         ratio = peak + _column(parameters.min_p, scores).log()
@@ -96,9 +95,9 @@ def _warp_into(
     if floor is None:
         warped.copy_(scores)
     else:
-        _keep_above(warped, scores, floor)
-    if ties is not None:
-        _drop_ties(warped, *ties)
+        _keep_above(warped, scores, floor, None if edge is None else edge.among)
+    if edge is not None:
+        _drop_ties(warped, edge)
     if greedy is not None:
         greedy.keep_alone(warped)
 
@@ -139,39 +138,46 @@ def _divide(logits: torch.Tensor, divisor: torch.Tensor, out: torch.Tensor) -> t
     return out
 
 
-def _keep_above(warped: torch.Tensor, scores: torch.Tensor, floor: torch.Tensor) -> None:
-    """`scores` `[N, V]` into `warped`, which they may be, with -inf in place of what is below `floor` `[N, 1]`."""
+def _keep_above(warped: torch.Tensor, scores: torch.Tensor, floor: torch.Tensor, among: np.ndarray | None) -> None:
+    """
+    `scores` `[N, V]` into `warped`, which they may be, with -inf in place of what is below `floor` `[N, 1]`; only the
+    places `among` are looked at, if they are given.
+    """
     if scores.device.type != HOST:
         warped.copy_(scores).masked_fill_(scores < floor, _NEVER)
         return
     # Few are kept, as a rule. numpy finds them, and leaves out others, several times faster than torch does here.
     values, found = scores.numpy(), warped.numpy()
-    is_kept = values >= floor.numpy()
-    if np.count_nonzero(is_kept) > is_kept.size // 8:
-        warped.copy_(scores)
-        np.copyto(found, _NEVER, where=~is_kept)
-        return
-    kept = np.flatnonzero(is_kept)
-    own = values.ravel()[kept]
+    if among is None:
+        is_kept = values >= floor.numpy()
+        if np.count_nonzero(is_kept) > is_kept.size // 8:
+            warped.copy_(scores)
+            np.copyto(found, _NEVER, where=~is_kept)
+            return
+        kept = np.flatnonzero(is_kept)
+    else:
+        its_floor = floor.expand(len(scores), 1).numpy()[among // scores.shape[-1], 0]
+        kept = among[values.reshape(-1)[among] >= its_floor]
+    own = values.reshape(-1)[kept]
     found.fill(_NEVER)
     found.reshape(-1)[kept] = own
 
 
-def _drop_ties(scores: torch.Tensor, edge: torch.Tensor, count: torch.Tensor, more: torch.Tensor) -> None:
-    """Where there are `more` `[N]`, keeps the last `count` `[N]` of the tokens equal to `edge` `[N, 1]`, as a sort."""
+def _drop_ties(scores: torch.Tensor, edge: Edge) -> None:
+    """Where a row has more tokens equal to its edge than belong to the nucleus, keeps the last of them, as a sort."""
     if scores.device.type != HOST:
-        tied = scores == edge
+        tied = scores == edge.score
         up_to_here = tied.cumsum(-1)
-        is_surplus = up_to_here[:, -1:] - up_to_here >= count[:, None]
-        scores.masked_fill_(tied & is_surplus & more[:, None], _NEVER)
+        is_surplus = up_to_here[:, -1:] - up_to_here >= edge.count[:, None]
+        scores.masked_fill_(tied & is_surplus & edge.more[:, None], _NEVER)
         return
-    at = np.flatnonzero(more.numpy())
+    at = np.flatnonzero(edge.more.numpy())
     if len(at):
         values, vocabulary = scores.numpy(), scores.shape[-1]
-        equal = np.flatnonzero(values[at] == edge.numpy()[at])
+        equal = np.flatnonzero(values[at] == edge.score.numpy()[at])
         place = equal // vocabulary
         ends = np.searchsorted(place, np.arange(len(at)), side="right")
-        surplus = ends[place] - np.arange(len(equal)) > count.numpy()[at][place]
+        surplus = ends[place] - np.arange(len(equal)) > edge.count.numpy()[at][place]
         values[at[place[surplus]], equal[surplus] % vocabulary] = _NEVER
 
 

@@ -473,11 +473,12 @@ BAD_INPUTS = {
     ),
     42: BadInput(
         "processes that get unequal numbers of prompts or rewards",
-        "nobody waits for ever, and means are over all processes; training heads in several is refused",
+        "nobody waits for ever, and means are over all processes",
         {
             "bad_inputs_training": "processes_with_unequal_numbers_of_rewards_are_one_with_all_of_them "
             "a_last_batch_that_is_short_holds_nobody_up a_reward_that_fails_in_one_process_ends_the_other_too "
-            "heads_are_trained_in_one_process_and_several_are_told",
+            "an_epoch_cache_is_one_processs_and_several_are_told",
+            "processes": "heads_learn_in_two_processes_what_they_learn_in_one",
             "reinforce_recovery": "two_processes_are_one_with_twice_the_batch "
             "two_processes_without_anything_to_decide_in_one_of_them_do_not_wait_for_each_other",
         },

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import reinforce_tables
 import torch
 from safetensors.torch import save_file
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_adaptive_decode import AutoDecoConfig, REINFORCEDecodingTrainer
@@ -33,7 +35,7 @@ TESTBED = {
 }
 
 
-def context():
+def context(*preload: str):
     """
     Processes that begin with everything imported, and otherwise as fresh as from a shell.
 
@@ -44,7 +46,7 @@ def context():
     # A server that imports in vain says nothing, and every process would import by itself.
     os.environ["PYTHONPATH"] = os.pathsep.join([_HERE, str(Path(_HERE).parent), before])
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["reinforce_runs"])
+    found.set_forkserver_preload(["reinforce_runs", *preload])
     multiprocessing.forkserver.ensure_running()
     os.environ["PYTHONPATH"] = before
     return found
@@ -54,6 +56,16 @@ def _quietly():
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Slow(TrainerCallback):
+    """Takes its time for each step, so that a process can be killed in the middle of a run."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+
+    def on_step_begin(self, *args, **kwargs):
+        time.sleep(self._seconds)
 
 
 def on_testbed(folder: str, resume: str | None) -> None:

@@ -260,7 +260,7 @@ def test_a_reward_that_fails_in_one_process_ends_the_other_too(processes, tmp_pa
     assert all(codes)
 
 
-def test_heads_are_trained_in_one_process_and_several_are_told(processes, tmp_path):
-    assert exit_codes(processes, uneven_runs.on_text, str(tmp_path)) == [0, 0]
+def test_an_epoch_cache_is_one_processs_and_several_are_told(processes, tmp_path):
+    assert exit_codes(processes, uneven_runs.with_a_cache, str(tmp_path)) == [0, 0]
     for rank in range(2):
-        assert "runs in one process and was launched in 2" in (tmp_path / f"said-{rank}").read_text()
+        assert "there are 2 processes" in (tmp_path / f"said-{rank}").read_text()

@@ -18,13 +18,14 @@ from hf_adaptive_decode.testbed import load_base_model
 COMMAND = [sys.executable, "-m", "hf_adaptive_decode.cli.main"]
 FEW = {
     "demo": "--train-problems 4 --validation-problems 2 --test-problems 2 --steps 1 --samples 1",
+    "sample": "--problems 8 --samples 1 --keep 1",
     "train-heads": "--train-problems 8 --steps 1",
     "train-policy": "--train-problems 4 --steps 1 --prompts-per-step 2 --test-problems 0",
     "select-actions": "--problems 2 --samples 1 --grid small --k 1",
     "evaluate": "--validation-problems 2 --test-problems 2 --samples 1",
     "trace": "--versus greedy --token-budget 4",
 }
-WITH_DATA = ["train-heads", "train-policy", "select-actions", "evaluate", "trace"]
+WITH_DATA = ["sample", "train-heads", "train-policy", "select-actions", "evaluate", "trace"]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,12 @@ OWN = [
     ("evaluate", ["--reward", "math"], "--reward is for --dataset"),
     ("evaluate", ["--adapter", "=adapter"], "NAME=FOLDER"),
     ("evaluate", ["--engine-options", '{"pages": 3}'], "'transformers' has no option 'pages'"),
+    ("sample", ["--reward", "math"], "--reward is for --dataset"),
+    ("sample", ["--task", "gsm8k="], "has no path"),
+    ("sample", ["--task", "applause"], "there is no task 'applause'"),
+    ("sample", ["--problems", "999999"], "has only about"),
+    ("sample", ["--chat"], "--task testbed: --chat asks through a chat template"),
+    ("sample", ["--token-budget", "1"], "none of 8 problems has a completion to keep within 1 tokens"),
     ("trace", ["--adapter", "adapter", "--versus", "T=hot"], "has to be a number"),
     ("trace", ["--chat", "--prompt", "a"], "--chat needs a chat template"),
     ("trace", ["--problem", "5000"], "has only about"),
@@ -193,6 +200,16 @@ def test_a_mistake_of_one_command(here, capsys, command, words, said):
         ("evaluate", ["--engine-options", "[1]"], "has to be an object"),
         ("evaluate", ["--engine-options", "{"], "is no JSON"),
         ("demo", ["--dft-weight", "much"], "--dft-weight"),
+        ("sample", ["--keep", "5"], "--keep is 5, and no problem has more than 4 completions"),
+        ("sample", ["--sampling", "greedy", "--keep", "2"], "--keep is 2, and no problem has more than 1"),
+        ("sample", ["--sampling", "T=hot"], "has to be a number"),
+        ("sample", ["--sampling", "T=-1"], "temperature"),
+        ("sample", ["--sampling", "adapter"], "is no setting"),
+        ("sample", ["--solve-rate", "0.5"], "--solve-rate"),
+        ("sample", ["--solve-rate", "0", "2"], "no number from 0 to 1"),
+        ("sample", ["--solve-rate", "0.9", "0.1"], "nothing would be kept"),
+        ("sample", ["--task", "math"], "is a benchmark, of which nothing is there to train on"),
+        ("sample", ["--task", "testbed", "gsm8k"], "testbed and gsm8k have different rewards, testbed and math"),
         ("trace", ["--prompt", "a", "--problem", "1"], "not allowed with"),
         ("trace", ["--problem", "-1"], "--problem"),
         ("select-actions", ["--grid", "huge"], "--grid"),

@@ -22,6 +22,7 @@ LAYERS = (
     (
         "configuration",
         "configuration_checks",
+        "blocks",
         "nucleus",
         "warping",
         "features",
@@ -31,7 +32,7 @@ LAYERS = (
         "randomness",
     ),
     ("policies",),
-    ("tap", "sampler", "projection", "request_slots", "losses", "hub"),
+    ("sharding", "tap", "sampler", "projection", "request_slots", "losses", "hub"),
     ("capture", "settings", "generation", "request_sampler", "batching", "adapters", "storage", "detour", "modeling"),
     ("engines", "rewards"),
     ("training", "evaluation"),

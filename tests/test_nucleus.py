@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,32 +88,35 @@ def test_every_search_ends_the_nucleus_where_a_sorted_row_does(search, seed, voc
     floor = peak - 3.0 if has_floor else None
     floors = [float(f) for f in (peak - 3.0)] if has_floor else [NEVER] * len(shares)
     masses = [clear_mass(row, share, low) for row, share, low in zip(scores, shares, floors, strict=True)]
-    edge, count, more = SEARCHES[search](scores, peak, torch.tensor(masses, dtype=torch.float64), floor)
-    assert edge.shape == (len(shares), 1)
+    found = SEARCHES[search](scores, peak, torch.tensor(masses, dtype=torch.float64), floor)
+    assert found.score.shape == (len(shares), 1)
     for i, (row, mass, low) in enumerate(zip(scores, masses, floors, strict=True)):
-        assert (float(edge[i]), int(count[i]), bool(more[i])) == truth(row, mass, low), (i, mass)
+        assert (float(found.score[i]), int(found.count[i]), bool(found.more[i])) == truth(row, mass, low), (i, mass)
+    if found.among is not None:
+        inside = (scores >= found.score) & (scores >= (NEVER if floor is None else floor))
+        assert set(inside.flatten().nonzero().squeeze(1).tolist()) <= set(found.among.tolist())
+        assert (np.diff(found.among) > 0).all()
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_row_with_all_the_mass_has_no_edge_and_one_with_none_keeps_the_best(search):
     scores = make_rows(0, 4, 3000, "middling")
-    edge, count, more = SEARCHES[search](
-        scores, scores.amax(-1, keepdim=True), torch.tensor([1.0, 0.0, 1.5, 1e-9]), None
-    )
-    assert edge[0] == edge[2] == NEVER
-    assert not more.any()
-    assert torch.equal(edge[[1, 3], 0], scores[[1, 3]].amax(-1))
-    assert count[1] == count[3] == 1
+    found = SEARCHES[search](scores, scores.amax(-1, keepdim=True), torch.tensor([1.0, 0.0, 1.5, 1e-9]), None)
+    assert found.score[0] == found.score[2] == NEVER
+    assert not found.more.any()
+    assert torch.equal(found.score[[1, 3], 0], scores[[1, 3]].amax(-1))
+    assert found.count[1] == found.count[3] == 1
+    assert found.among is None  # two rows keep everything
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_of_equal_tokens_as_many_are_kept_as_the_mass_needs(search, dtype):
     scores = torch.zeros(3, 4000, dtype=dtype)
-    edge, count, more = SEARCHES[search](scores, scores[:, :1], torch.tensor([0.1001, 0.5001, 0.99999]), None)
-    assert edge.tolist() == [[0.0]] * 3
-    assert count.tolist() == [401, 2001, 4000]
-    assert more.tolist() == [True, True, False]
+    found = SEARCHES[search](scores, scores[:, :1], torch.tensor([0.1001, 0.5001, 0.99999]), None)
+    assert found.score.tolist() == [[0.0]] * 3
+    assert found.count.tolist() == [401, 2001, 4000]
+    assert found.more.tolist() == [True, True, False]
 
 
 @settings(deadline=None, max_examples=80)
@@ -215,6 +219,17 @@ def test_scores_may_be_overwritten_if_that_is_said():
     expected = warp_logits(scores.clone(), parameters)
     assert warp_logits(scores, parameters, inplace=True, maxima=scores.amax(-1)) is scores
     assert torch.equal(scores, expected)
+
+
+def test_memory_that_is_used_again_serves_other_shapes_types_and_modes():
+    parameters = SamplingParameters(temperature=0.8, top_p=0.9)
+    rows = [make_rows(seed, size, vocabulary, "peaked") for seed, size, vocabulary in ((1, 2, 70001), (2, 5, 3000))]
+    fresh = [warp_logits(row.double(), parameters) for row in rows]
+    with torch.inference_mode():
+        warp_logits(torch.randn(1, 1 << 17), parameters)
+    for again, expected in zip(rows, fresh, strict=True):
+        for dtype in (torch.float32, torch.float64):
+            assert torch.equal(warp_logits(again.to(dtype), parameters).isneginf(), expected.isneginf())
 
 
 def test_scores_that_are_part_of_something_larger_are_warped_like_any():

@@ -223,10 +223,16 @@ def test_hostile_mathematics_ends_in_time(name, math_verify, caplog):
     assert score("\\boxed{7}", "7") == 1.0
 
 
-def test_a_text_too_long_is_not_read(math_verify):
+def test_of_a_long_text_the_end_is_read(math_verify):
+    """Reasoning models write tens of thousands of characters in front of their answer."""
+    score("\\boxed{7}", "7")
+    reasoning = "Let me see: $\\frac{1}{2}$ of 8 is 4, is it not? Wait. " * 2_000
     begin = time.monotonic()
+    assert score(f"{reasoning}So \\boxed{{\\frac{{1}}{{2}}}}", "0.5") == 1.0
+    assert score(f"{reasoning}So \\boxed{{7}}", "0.5") == 0.0
     assert score("\\boxed{7}" + " " * 20_000, "7") == 0.0
-    assert time.monotonic() - begin < 0.5
+    assert score("\\boxed{7}", "7" + " " * 20_000) == 0.0
+    assert time.monotonic() - begin < 3 + SLACK
 
 
 def test_a_killed_worker_costs_one_reward_and_is_counted(math_verify, caplog):

@@ -58,10 +58,10 @@ def failing(rank: int, port: int, processes: int, folder: str, options: dict) ->
     reinforce_tables.build_trainer(folder, _fails_in_one, _rows(24), reinforce_runs.table(), **options).train()
 
 
-def on_text(rank: int, port: int, processes: int, folder: str) -> None:
-    """A training of heads in several processes, of which it says that there may be one."""
+def with_a_cache(rank: int, port: int, processes: int, folder: str) -> None:
+    """A training of heads in several processes that is to keep what it computes of the base."""
     _join(rank, port, processes)
-    args = AutoDecoTrainingArguments(output_dir=folder, use_cpu=True, report_to="none")
+    args = AutoDecoTrainingArguments(output_dir=folder, use_cpu=True, report_to="none", epoch_cache="hidden")
     try:
         AutoDecoTrainer(tiny.build_base(), args, train_dataset=[], processing_class=reinforce_tables.build_tokenizer())
     except AdaptiveDecodeError as error:

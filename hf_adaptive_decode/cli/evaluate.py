@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from .adapters import load_for_adapters, static_settings
 from .comparison import baselines_of, update_cards
+from .engine_flags import add_engine_argument
 from .pictures import has_pictures, write_gains
 from .tasks import add_eval_task_arguments, add_model_arguments, load_tasks, positive
 
@@ -53,19 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a static setting of your own as one more baseline: T=0.7,top_p=0.9 (also top_k and min_p); repeatable",
     )
     parser.add_argument("--batch-rows", type=positive, default=256, help="sequences decoded at once")
-    parser.add_argument(
-        "--engine",
-        default="transformers",
-        choices=["transformers", "continuous_batching", "vllm", "vllm_server"],
-        help="what decodes; a baseline that it cannot is run in transformers",
-    )
-    parser.add_argument(
-        "--engine-options",
-        type=_options,
-        default={},
-        metavar="JSON",
-        help='what the engine takes besides, such as \'{"max_model_len": 4096}\' or \'{"url": "http://localhost:8000"}\'',
-    )
+    add_engine_argument(parser, "; a baseline that it cannot is run in transformers")
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="completions, results and plots; resumed")
     parser.add_argument(
         "--update-cards", action="store_true", help="write results and verdict into the cards of local adapters"
@@ -112,16 +100,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"\n{found.summary()}")
     print(f"\nWritten: {', '.join(files)}")
     return {"lines": found.lines, "files": files}
-
-
-def _options(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} has to be an object, such as {{"max_model_len": 4096}}')
-    return found
 
 
 def _static(text: str) -> Any:

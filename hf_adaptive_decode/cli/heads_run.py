@@ -108,11 +108,13 @@ def solutions(
     Raises:
         `ValueError`: If none of the problems was solved.
     """
+    from ..evaluation.store import CompletionStore
     from ..training.rejection import verified_completions
 
     if path is not None and path.exists():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = verified_completions(model, tokenizer, problems, reward, **how)
+    store = None if path is None else CompletionStore(drawn_file(path))
+    rows = verified_completions(model, tokenizer, problems, reward, store=store, **how)
     if not rows:
         raise ValueError(
             f"none of {len(problems)} problems was solved within {how.get('token_budget', 256)} tokens, so there is "
@@ -120,8 +122,14 @@ def solutions(
             "samples, or train on text that is there."
         )
     if path is not None:
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(path, (json.dumps(row) + "\n" for row in rows))
+        drawn_file(path).unlink(missing_ok=True)
     return rows
+
+
+def drawn_file(path: Path) -> Path:
+    """Where `solutions` keeps what it samples until its own file is there, so that a killed run goes on."""
+    return path.with_name(f".{path.stem}-drawn.jsonl")
 
 
 def with_command_ids(

@@ -9,16 +9,19 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import AdaptiveDecodeError
 from .config_file import ConfigFileError, UsageError, with_config_file
+from .launched import is_main
 
 COMMANDS = {
     "demo": "train heads on the embedded model and compare them with every baseline",
+    "sample": "sample a model's own solutions and keep the right ones, as a data set to train heads on",
     "train-heads": "train temperature and top-p heads on text, or on solutions that the model itself samples",
     "train-policy": "train a token or prompt policy by REINFORCE and compare it with every baseline",
     "select-actions": "choose an action set by greedy coverage on validation problems",
@@ -107,9 +110,9 @@ def _run(args: argparse.Namespace) -> int:
     try:
         _refuse_unwritable(args)
         # Libraries print as well, and what reads JSON wants nothing else.
-        with contextlib.redirect_stdout(sys.stderr) if args.json == "-" else contextlib.nullcontext():
+        with _silence() if not is_main() else _aside() if args.json == "-" else contextlib.nullcontext():
             result = _module(args.command).run(args)
-        if args.json:
+        if args.json and is_main():
             text = json.dumps(_plain(result), indent=2, allow_nan=False) + "\n"
             if args.json == "-":
                 print(text, end="")
@@ -125,6 +128,17 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{_PROGRAM} {args.command}: error: {said}", file=sys.stderr)
         return 1
     return 0
+
+
+def _aside() -> AbstractContextManager[Any]:
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """One of several processes prints."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _refuse_unwritable(args: argparse.Namespace) -> None:

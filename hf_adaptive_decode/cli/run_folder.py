@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .launched import is_main, main_first
+
 RECORD_FILE = "run.json"
 _STATE_FILE = "trainer_state.json"
 
@@ -59,9 +61,9 @@ class RunFolder:
         self.record |= {"finished": finished, "log": log}
 
     def begin(self) -> str | None:
-        """Writes the record; returns the checkpoint to go on from, if there is one."""
+        """Writes the record, where it is the main process; returns the checkpoint to go on from, if there is one."""
         self.record |= {"finished": False, "log": []}
-        if not self.resume:
+        if not self.resume and is_main():
             for path in self._checkpoints():
                 shutil.rmtree(path)
         self._write()
@@ -77,15 +79,27 @@ class RunFolder:
         return [path for path in found if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()]
 
     def _write(self) -> None:
-        write_whole(self.training / RECORD_FILE, json.dumps(self.record, indent=2) + "\n")
+        if is_main():
+            write_whole(self.training / RECORD_FILE, json.dumps(self.record, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name first, so that a killed process leaves all of it or what was there before."""
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
+    """
+    Writes a file under another name first, so that a killed process leaves all of it or what was there before.
+
+    Args:
+        path (`Path`): The file.
+        text (`str` or iterable of `str`): All of it, or its parts, which may be more than the memory holds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        with staged.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+        os.replace(staged, path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)  # room for whatever else is to be saved
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def step_of(checkpoint: str) -> int:
@@ -133,7 +147,8 @@ def train_in(
     trainer = make_trainer()
     adaptive = trainer.model
     _show_in_bar(trainer, shown)
-    checkpoint = run.begin()
+    with main_first(trainer.args):
+        checkpoint = run.begin()
     if checkpoint is not None and 0 < trainer.args.max_steps <= step_of(checkpoint):
         # Killed behind the last step. The Trainer, told to go on from there, would take one more.
         trainer._load_from_checkpoint(checkpoint)
@@ -145,8 +160,9 @@ def train_in(
     adaptive.eval()
     trainer.save_model(str(run.adapter))
     # The Trainer's own note to itself is a pickle, and nothing that an adapter needs.
-    (run.adapter / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-    if data is not None:
+    if is_main():
+        (run.adapter / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+    if data is not None and is_main():
         facts = TrainingFacts(data(), trainer.objective(), trainer.state.global_step, trainer.args.seed)
         add_training(run.adapter, facts)
     run.finish(trainer.state.log_history)

@@ -21,10 +21,14 @@ __all__ = [
     "above_zero",
     "add_eval_task_arguments",
     "add_model_arguments",
+    "add_named_task_arguments",
     "add_prompt_arguments",
     "add_task_arguments",
     "asked",
+    "check_chat",
+    "check_own",
     "count",
+    "dataset_label",
     "dataset_names",
     "load_model",
     "load_problems",
@@ -33,6 +37,8 @@ __all__ = [
     "positive",
     "read_source",
     "reward_function",
+    "source_of",
+    "task_parts",
     "tasks_of",
 ]
 _PROMPT_COLUMN = "prompt"
@@ -71,6 +77,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_eval_task_arguments(parser: argparse.ArgumentParser) -> None:
     """`--task`, or `--dataset`, `--reward` and what belongs to them, and how many problems: what `load_tasks` reads."""
     group = parser.add_argument_group("tasks")
+    add_named_task_arguments(group)
+    for part, most, what in (("validation", 300, "to choose baselines on"), ("test", 600, "to report on")):
+        group.add_argument(
+            f"--{part}-problems", type=positive, default=most, metavar="N", help=f"at most how many of a task {what}"
+        )
+    group.add_argument("--seed", type=int, default=0, help="seeds the choice of problems")
+
+
+def add_named_task_arguments(group: Any) -> None:
+    """`--task`, or `--dataset`, `--reward` and what belongs to them."""
     group.add_argument(
         "--task",
         nargs="+",
@@ -82,11 +98,6 @@ def add_eval_task_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_dataset_arguments(group, default=None)
     add_prompt_arguments(group)
-    for part, most, what in (("validation", 300, "to choose baselines on"), ("test", 600, "to report on")):
-        group.add_argument(
-            f"--{part}-problems", type=positive, default=most, metavar="N", help=f"at most how many of a task {what}"
-        )
-    group.add_argument("--seed", type=int, default=0, help="seeds the choice of problems")
 
 
 def _add_dataset_arguments(parser: Any, default: list[str] | None) -> None:
@@ -183,6 +194,17 @@ def reward_function(name: str) -> Callable[..., Sequence[float | None]]:
     return find_reward(name)
 
 
+def check_chat(args: argparse.Namespace, tokenizer: Any) -> None:
+    """
+    Refuses `--chat` for a model that knows no conversations.
+
+    Raises:
+        `ValueError`: If its tokenizer has no chat template.
+    """
+    if args.chat and not tokenizer.chat_template:
+        raise ValueError(f"--chat needs a chat template, and the tokenizer of {args.model} has none; leave it out.")
+
+
 def load_problems(args: argparse.Namespace, split: str, n: int | None, seed: int, chat: bool = False) -> list[Row]:
     """
     Rows of all of `--dataset`, the sources taking turns, so that every prefix of n rows is balanced.
@@ -200,7 +222,7 @@ def load_problems(args: argparse.Namespace, split: str, n: int | None, seed: int
     """
     with named_as_flags():
         template = vars(args).get("prompt_template")
-        sources = [_source(entry, args, chat, template) for entry in dict.fromkeys(args.dataset)]
+        sources = [source_of(entry, args, chat, template) for entry in dict.fromkeys(args.dataset)]
         return rows_in_turns(sources, split, n, seed)
 
 
@@ -217,13 +239,18 @@ def load_tasks(args: argparse.Namespace) -> list[Task]:
         `ValueError`: If there is no such task, or its data cannot be read, lack a column or leave a part empty.
         [`MissingExtraError`], [`SandboxUnavailableError`]: If `datasets` or what a reward needs is missing.
     """
-    _check_own(args)
+    check_own(args)
     return tasks_of(args, args.task or ([] if args.dataset else [TESTBED]), args.dataset or [], args.prompt_template)
 
 
 def dataset_names(args: argparse.Namespace) -> str:
     """What `--dataset` is called where others read it, without the folders that files lie in."""
-    return ", ".join(Path(entry).stem if Path(entry).exists() else entry for entry in dict.fromkeys(args.dataset))
+    return ", ".join(map(dataset_label, dict.fromkeys(args.dataset)))
+
+
+def dataset_label(entry: str) -> str:
+    """What one of `--dataset` is called, without the folders that a file lies in."""
+    return Path(entry).stem if Path(entry).exists() else entry
 
 
 def tasks_of(
@@ -241,20 +268,26 @@ def tasks_of(
     how: dict[str, Any] = {"validation": args.validation_problems, "test": args.test_problems, "seed": args.seed}
     found: dict[str, Task] = {}
     for word in names:
-        name, equals, path = word.partition("=")
-        if equals and not path:
-            raise ValueError(f"--task {word} has no path behind its =; write {word}PATH, or {name} alone.")
+        name, path = task_parts(word)
         with named_as_flags(f"--task {word}: "):
-            found[word] = load_task(name, path or None, chat=args.chat, **how)
+            found[word] = load_task(name, path, chat=args.chat, **how)
     for entry in datasets:
         with named_as_flags():
-            source = _source(entry, args, args.chat, template)
+            source = source_of(entry, args, args.chat, template)
             found[entry] = load_task(*([source] if source.dataset == entry else [Path(entry).stem, source]), **how)
     shared = Counter(task.name for task in found.values())
     return [replace(task, name=word) if shared[task.name] > 1 else task for word, task in found.items()]
 
 
-def _check_own(args: argparse.Namespace) -> None:
+def task_parts(word: str) -> tuple[str, str | None]:
+    """Name and path of NAME or NAME=PATH."""
+    name, equals, path = word.partition("=")
+    if equals and not path:
+        raise ValueError(f"--task {word} has no path behind its =; write {word}PATH, or {name} alone.")
+    return name, path or None
+
+
+def check_own(args: argparse.Namespace) -> None:
     """Refuses flags that would be without effect."""
     given = {
         "--reward": args.reward != TESTBED,
@@ -271,7 +304,7 @@ def _check_own(args: argparse.Namespace) -> None:
         )
 
 
-def _source(entry: str, args: argparse.Namespace, chat: bool, template: str | None = None) -> Source:
+def source_of(entry: str, args: argparse.Namespace, chat: bool, template: str | None = None) -> Source:
     """One of `--dataset` with what the other flags say of it."""
     columns = (args.prompt_column, args.solution_column, args.solution_after)
     return Source(read_source(entry), args.reward, *columns, prompt_template=template, chat=chat)

@@ -13,10 +13,11 @@ from typing import Any
 from ..evaluation.provenance import environment
 from .comparison import baselines_of, show, update_cards
 from .heads_flags import LATER, OF_RECIPE, OWN, add_heads_arguments, control_commands, heads_settings
-from .heads_run import SHOWN, heads_arguments, heads_trainer, solutions, with_command_ids
+from .heads_run import SHOWN, drawn_file, heads_arguments, heads_trainer, solutions, with_command_ids
+from .launched import is_main, main_first, may_compare
 from .push import check_upload, upload
 from .run_folder import RunFolder, digest, train_in
-from .tasks import TESTBED, asked, dataset_names, load_model, load_problems, reward_function, tasks_of
+from .tasks import TESTBED, asked, check_chat, dataset_names, load_model, load_problems, reward_function, tasks_of
 from .texts import load_texts
 from .training_flags import FREE, check_trackers, trainer_settings
 
@@ -42,20 +43,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     record = {name: value for name, value in vars(args).items() if name not in FREE | LATER}
     folder = RunFolder(Path(args.output), json.loads(json.dumps(record | {"data": data.digest})), args.resume)
     model, tokenizer = load_model(args)
-    if args.chat and not tokenizer.chat_template:
-        raise ValueError(f"--chat needs a chat template, and the tokenizer of {args.model} has none; leave it out.")
+    check_chat(args, tokenizer)
 
     def make_trainer() -> Any:
-        rows = data.rows(args, model, tokenizer)
+        with main_first(arguments):
+            rows = data.rows(args, model, tokenizer)
         print(f"{len(rows):,} examples to train on{data.note}")
         trainer = heads_trainer(model, tokenizer, rows, arguments, config, args.lora_rank)
         trainer.model.print_trainable_parameters()
         return trainer
 
     policy = train_in(folder, model, make_trainer, shown=SHOWN, data=data.described)
-    found = _compare(args, model, tokenizer, tasks, policy, folder.adapter) if tasks else None
+    may = bool(tasks) and may_compare(model)
+    found = _compare(args, model, tokenizer, tasks, policy, folder.adapter) if may else None
     print(f"\nLoad it in one line: AutoDecoForCausalLM.from_pretrained({str(folder.adapter)!r})")
-    url = upload(folder.adapter, args.push_to_hub, args) if args.push_to_hub else None
+    url = upload(folder.adapter, args.push_to_hub, args) if args.push_to_hub and is_main() else None
     return {
         "lines": [] if found is None else found.lines,
         "training": {NAME: folder.record["log"]},
@@ -153,8 +155,9 @@ class _Data:
         how = {"samples": args.num_generations, "keep": args.keep, "token_budget": max(args.budget), "seed": args.seed}
         made_of = digest([self.digest, args.model, args.reward, how])[:8]
         path = Path(args.output, "training", f"solutions-{made_of}.jsonl")
-        if not args.resume:
+        if not args.resume and is_main():
             path.unlink(missing_ok=True)
+            drawn_file(path).unlink(missing_ok=True)
         how |= {"batch_rows": args.rollout_batch_rows}
         rows = solutions(path, model, tokenizer, self.problems, self.reward, **how)
         commands = control_commands(args)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.provenance import environment
 from .comparison import show, update_cards
+from .launched import is_main, may_compare
 from .policy_flags import add_policy_arguments
 from .policy_run import prior_entries, static_rates, train_policy_in
 from .push import check_upload, upload
 from .run_folder import RunFolder, digest
-from .tasks import TESTBED, asked, dataset_names, load_model, load_problems, reward_function
+from .tasks import TESTBED, asked, check_chat, dataset_names, load_model, load_problems, reward_function
 from .training_flags import FREE, check_trackers, trainer_settings
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # All that may be wrong shows here, before a model is loaded.
     plans = [_plan(args, actions, problems, is_twin) for is_twin in ([False, True] if args.twin else [False])]
     model, tokenizer, policies = _train(args, plans, actions, reward, problems)
-    found = _compare(args, model, tokenizer, problems, reward, actions, policies) if args.test_problems else None
+    may = bool(args.test_problems) and may_compare(model)
+    found = _compare(args, model, tokenizer, problems, reward, actions, policies) if may else None
     _show(found, plans, args)
-    url = upload(plans[0].run.adapter, args.push_to_hub, args) if args.push_to_hub else None
+    url = upload(plans[0].run.adapter, args.push_to_hub, args) if args.push_to_hub and is_main() else None
     result: dict[str, Any] = {"lines": [] if found is None else found.lines, "actions": actions}
     result |= {"training": {plan.name: plan.run.record["log"] for plan in plans}}
     result |= {"priors": {name: group[0].config.action_prior for name, group in policies.items()}}
@@ -69,8 +71,7 @@ def _train(
     for plan in plans:
         # A base has one adapter, so each policy is trained on a base of its own.
         model, tokenizer = load_model(args)
-        if args.chat and not tokenizer.chat_template:
-            raise ValueError(f"--chat needs a chat template, and the tokenizer of {args.model} has none; leave it out.")
+        check_chat(args, tokenizer)
 
         def config(plan: _Plan = plan, model: Any = model, tokenizer: Any = tokenizer) -> Any:
             if args.prior is not None and not rates:

@@ -52,6 +52,7 @@ class Engine(ABC):
         settings: Mapping[str, float] | None = None,
         policy: DecodingPolicy | None = None,
         seed: int = 0,
+        only: Sequence[int] | None = None,
         description: str | None = None,
     ) -> list[list[Completion]]:
         """
@@ -67,17 +68,19 @@ class Engine(ABC):
             policy ([`DecodingPolicy`], *optional*): Decides instead of the model's adapter. With neither `settings`
                 nor `policy` the adapter decides, and on a base model plain sampling.
             seed (`int`): Seeds the draws.
+            only (sequence of `int`, *optional*): Places of the prompts to complete, where others complete the rest.
             description (`str`, *optional*): Shows a progress bar under this name.
 
         Raises:
             [`BudgetError`]: If a budget is not a positive whole number, or there is not one token budget a prompt.
             [`UnsupportedGenerationError`]: If the engine refuses what it is asked for.
 
-        Returns: A list of `samples` [`Completion`] for each prompt, in the order of `prompts`.
+        Returns: A list of `samples` [`Completion`] for each prompt, in the order of `prompts`, or of `only`.
         """
         _budgets(token_budget, samples, len(prompts))  # before as many rows are listed
+        places = range(len(prompts)) if only is None else only
         greedy = is_greedy(settings) and policy is None
-        wanted = [(index, sample) for index in range(len(prompts)) for sample in range(1 if greedy else samples)]
+        wanted = [(index, sample) for index in places for sample in range(1 if greedy else samples)]
         found: dict[tuple[int, int], Completion] = {}
         how: dict[str, Any] = {"token_budget": token_budget, "settings": settings, "policy": policy, "seed": seed}
         how["parallel_budget"] = samples if parallel_budget is None else parallel_budget
@@ -86,7 +89,7 @@ class Engine(ABC):
             for batch in self.complete_batches(prompts, wanted, **how):
                 found |= {(index, sample): completion for index, sample, completion in batch}
                 bar.update(len(batch))
-        return [[found[index, 0 if greedy else sample] for sample in range(samples)] for index in range(len(prompts))]
+        return [[found[index, 0 if greedy else sample] for sample in range(samples)] for index in places]
 
     def complete_batches(
         self,

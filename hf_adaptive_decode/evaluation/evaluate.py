@@ -22,12 +22,12 @@ from ..types import Budget
 from .baselines import STATIC_GRID
 from .cells import Cell, Scores
 from .controls import STANDARD, Choice, Contender, check_names, choices
-from .lines import AppendedLines
 from .metrics import bootstrap_interval
 from .provenance import provenance
 from .results import Evaluation
 from .runner import Decoder
-from .runs import CompletionStore, Runs
+from .runs import Runs
+from .store import CompletionStore
 from .tasks import Task
 from .verdict import STATIC, UNTUNED, judge
 
@@ -88,7 +88,7 @@ def evaluate_decoding(
     budgets = sorted({token_budgets} if isinstance(token_budgets, int) else set(token_budgets))
     _check(tasks, budgets, ks, samples * len(seeds), baselines, engine)
     sizes: dict[str, Any] = {"samples": samples, "seeds": list(seeds), "token_budgets": budgets}
-    store = CompletionStore(None if folder is None else AppendedLines(Path(folder, COMPLETIONS_FILE)))
+    store = CompletionStore(None if folder is None else Path(folder, COMPLETIONS_FILE))
     contenders, others = _decoders(model, _own(model) if adapters is None else adapters), _decoders(model, rivals or {})
     with _running(engine, model, tokenizer, batch_rows, [contenders, others]) as decodes:
         how = {**sizes, "store": store, "batch_rows": batch_rows, "show_progress": show_progress, "engine": decodes}

@@ -133,7 +133,7 @@ def score_rows(problems: Sequence[Mapping[str, Any]], completions: Sequence[Comp
     columns = {name: [row[name] for row in problems] for name in problems[0] if name not in ("prompt", "completion")}
     values = reward(
         prompts=[row["prompt"] for row in problems],
-        completions=[_as_answer(row["prompt"], one.text) for row, one in zip(problems, completions, strict=True)],
+        completions=[as_answer(row["prompt"], one.text) for row, one in zip(problems, completions, strict=True)],
         completion_ids=[list(one.token_ids) for one in completions],
         **columns,
     )
@@ -143,7 +143,7 @@ def score_rows(problems: Sequence[Mapping[str, Any]], completions: Sequence[Comp
     return np.asarray(values, dtype=np.float64)
 
 
-def _as_answer(prompt: Any, text: str) -> Any:
+def as_answer(prompt: Any, text: str) -> Any:
     """A completion as TRL hands it to rewards: text for a text prompt, a message list for a conversation."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,52 +16,13 @@ from ..engines.engine import Engine, is_greedy
 from ..engines.transformers import TransformersEngine
 from ..policies import DecodingPolicy
 from .digests import model_digest, policy_digest, rows_digest
-from .lines import AppendedLines
 from .runner import Decoder, score_rows
+from .store import CompletionStore
 from .tasks import Task
 
 Row = Mapping[str, Any]
 # Added to the seed, so that nothing is chosen by the draws that it is then judged by.
 _SHIFTS = {"validation": 1, "test": 2}
-
-
-class CompletionStore:
-    """
-    Scored completions by run and place, in memory and, if there is a file, on disk.
-
-    Args:
-        file ([`AppendedLines`], *optional*): Holds a line for each run and one for each of its completions.
-    """
-
-    def __init__(self, file: AppendedLines | None = None) -> None:
-        self._file = file
-        self._runs: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
-        for line in file.found if file is not None else ():
-            run = self._runs.setdefault(line["run"], {})
-            if "problem" in line:
-                run[line["problem"], line["sample"]] = _without_text(line)
-
-    def run(self, facts: Mapping[str, Any], decoder: str) -> str:
-        """The short name of the run that `facts` describe, which is begun if it is new; `decoder` is for readers."""
-        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        if name not in self._runs:
-            self._runs[name] = {}
-            self._write([{"run": name, "decoder": decoder, **facts}])
-        return name
-
-    def done(self, run: str) -> dict[tuple[int, int], dict[str, Any]]:
-        """The completions of a run by `(problem, sample)`."""
-        return self._runs[run]
-
-    def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Keeps completions that have ended."""
-        for line in lines:
-            self._runs[line["run"]][line["problem"], line["sample"]] = _without_text(line)
-        self._write(lines)
-
-    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        if self._file is not None:
-            self._file.append(lines)
 
 
 @dataclass(frozen=True)
@@ -247,11 +206,6 @@ def hears_samples(policy: DecodingPolicy | None) -> bool:
     """Whether what a policy does depends on the parallel budget B: it is told, or has another prior for each."""
     config = None if policy is None else policy.config
     return config is not None and ("samples" in config.budget_features or len(config.action_prior or ()) > 1)
-
-
-def _without_text(line: dict[str, Any]) -> dict[str, Any]:
-    # Texts are for readers of the file; a large evaluation's would fill the memory.
-    return {name: value for name, value in line.items() if name != "text"}
 
 
 def _identity(model: PreTrainedModel, decoder: Decoder) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def load_task(
         >>> load_task("testbed:coin", validation=10, test=20).test[0]["type"]
         'coin'
     """
-    name, found = _source(name_or_source, source)
+    name, found = task_source(name_or_source, source)
     for part, count in (("validation", validation), ("test", test)):
         if count is not None and count < 1:
             raise ValueError(f"`{part}` is {count}; it has to be a number of problems from 1, or None for all.")
@@ -172,8 +172,16 @@ def load_task(
     return Task(name, chosen_on, test_rows, reward, answer)
 
 
-def _source(name: str | Source, source: Any) -> tuple[str, Source]:
-    """The task's name and its source."""
+def task_source(name: str | Source, source: Any = None) -> tuple[str, Source]:
+    """
+    A task's name, and where its problems come from; of a benchmark nothing is there to train on.
+
+    Args:
+        name, source: As [`load_task`] takes them.
+
+    Raises:
+        `ValueError`: If there is no such task.
+    """
     if isinstance(name, Source):
         if source is not None:
             raise ValueError("the task is a `Source` already; pass it alone, or a name and the `Source`.")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..blocks import LARGE_BLOCK, rows_at_once
 from .config import EPSILON
 from .logit_gradient import cut_logit_gradient, plain_logit_gradient
 from .ranking import FoundTokens, ScaledRows, find_tokens, rank, tail_sums
@@ -31,10 +32,6 @@ SMALLEST_TEMPERATURE = 1e-12
 # Stands for -inf where 0 * -inf would turn a sum into NaN; its probability underflows to 0 just the same.
 _MASKED_LOGIT = -1e30
 
-# float32 elements worked on at once: three buffers of it stay in a processor's last-level cache, which makes the passes
-# over a block several times cheaper than passes over memory. A GPU prefers fewer, longer kernels.
-BLOCK_ELEMENTS_CPU = 1 << 20
-BLOCK_ELEMENTS_GPU = 1 << 26
 # Tokens ranked at once, of as many blocks as they come from: each of the many small steps then has enough to do.
 _RANKED_TOKENS = 1 << 18
 
@@ -96,8 +93,7 @@ def soft_top_p_nll(
     cut = None if top_p is None else top_p.float()
     _check_parameters(scale, cut, names)
 
-    limit = BLOCK_ELEMENTS_CPU if device.type == "cpu" else BLOCK_ELEMENTS_GPU
-    size = min(rows, max(1, limit // vocab))
+    size = min(rows, rows_at_once(logits, LARGE_BLOCK))
     buffers = torch.empty(3, size, vocab, device=device)
     gradient = None if plain_share is None else torch.empty(rows, vocab, device=device)
     parts: list[torch.Tensor] = []

@@ -29,8 +29,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ..blocks import LARGE_BLOCK, rows_at_once
 from ..nucleus import largest
-from .rows import BLOCK_ELEMENTS_CPU, BLOCK_ELEMENTS_GPU
 
 # Part of a stored sketch's identity: raise it whenever a field or a constant here changes its meaning.
 SKETCH_VERSION = 1
@@ -99,8 +99,7 @@ def sketch_rows(logits: torch.Tensor, targets: torch.Tensor) -> Sketch:
         [`Sketch`] of N rows, on the logits' device.
     """
     rows, vocab = logits.shape
-    limit = BLOCK_ELEMENTS_CPU if logits.device.type == "cpu" else BLOCK_ELEMENTS_GPU
-    size = max(1, limit // max(vocab, _BINS))
+    size = rows_at_once(logits, LARGE_BLOCK, _BINS)
     work = torch.empty(3, min(size, rows), vocab, device=logits.device)
     # Counts times weights are no work for the precision that a model may run in.
     with torch.autocast(logits.device.type, enabled=False):

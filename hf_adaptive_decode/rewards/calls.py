@@ -131,6 +131,8 @@ class RewardFunctions:
             [`RewardError`]: If a function gives no list of finite numbers and `None`, one a completion; with
                 `on_error="raise"` also if it raises or takes too long.
         """
+        if not len(completions):
+            return Rewards(np.zeros((len(self.names), 0)), np.zeros(0), 0, {}, {})
         taken = sorted(set(columns) & set(RESERVED))
         if taken:
             raise ValueError(f"Rewards are handed something else as {taken}. Rename these columns of the dataset.")

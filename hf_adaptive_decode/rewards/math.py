@@ -51,13 +51,13 @@ def math_reward(
     1.0 where the completion's answer is mathematically equal to the solution, 0.0 elsewhere, `None` without a solution.
 
     math-verify reads and compares the answers, in worker processes that are killed and replaced when a comparison
-    exceeds its time or memory. Such a completion earns 0.0, as does one that is too long to be read; each kill is
+    exceeds its time or memory. Such a completion earns 0.0; each kill is
     logged as a warning and counted in [`worker_failures`]. A solution that math-verify cannot read as mathematics, or
     that is words, is compared by the rules of [`exact_match_reward`].
 
     Args:
-        completions (`Sequence[str | list[dict]]`): Texts or message lists. One of more than 10,000 characters earns
-            0.0 unread.
+        completions (`Sequence[str | list[dict]]`): Texts or message lists. Of a longer one the last 10,000 characters
+            are read, since an answer comes behind the reasoning.
         solution (`Sequence[str | None]`): One solution a completion, bare (`\frac{1}{2}`), in dollar signs or
             `\boxed{...}`, or after `####`.
         prompts, completion_ids, **columns: What else TRL passes; not needed.
@@ -89,9 +89,10 @@ def worker_failures() -> int:
 def _score(solution: str | None, text: str, timeout: float) -> float | None:
     if solution is None:
         return None
-    if len(text) > MAX_CHARACTERS or len(solution) > MAX_CHARACTERS:
-        logger.warning("An answer or solution of more than %d characters earns 0.0 unread.", MAX_CHARACTERS)
+    if len(solution) > MAX_CHARACTERS:
+        logger.warning("A solution of more than %d characters is not read; answers to it earn 0.0.", MAX_CHARACTERS)
         return 0.0
+    text = text[-MAX_CHARACTERS:]
     boxes = text.count(r"\boxed{")
     answers = [text]
     if boxes > 1:

@@ -105,9 +105,13 @@ class AutoDecoTrainingArguments(TrainingArguments):
 
     # The data is tokenised to exactly what is needed, and the base's forward takes no loss options.
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Kept off: see the trainer."})
+    ddp_find_unused_parameters: bool | None = field(default=None, metadata={"help": "Needed with a LoRA in experts."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            # A loss reads all of the heads, but a batch need not reach all of a LoRA (one in experts, say).
+            self.ddp_find_unused_parameters = self.train_peft
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` is {self.max_length}; it has to be at least 2, or None for no limit.")
         rate = self.peft_learning_rate

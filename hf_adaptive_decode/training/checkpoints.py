@@ -14,12 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import sort_checkpoints
 
+from ..engines.lockstep import Lockstep
+from ..errors import AdaptiveDecodeError
 from ..hub.card import add_training
 from ..hub.card_text import TrainingFacts
 from ..hub.peft_layers import set_lora_training
 from ..hub.peft_weights import restore_peft
 from ..hub.store import WEIGHTS_FILE, load_into
 from ..modeling import AutoDecoForCausalLM
+from .processes import count_own
+from .sharded_base import BaseSharding
 
 _STAGING = ".saving"
 _STATE_FILE = "trainer_state.json"
@@ -37,16 +41,45 @@ class AdapterTrainer(Trainer):
         train_peft (`bool`, defaults to `False`): Whether that LoRA learns; if not, it stands still like the base.
         kwargs: As [`~transformers.Trainer`] takes them.
 
+    Attributes:
+        lockstep ([`Lockstep`]): For code of one's own that runs the model in a launched training: a base that is parted
+            over processes runs in all of them or not at all.
+
     Raises:
         [`AdapterConfigError`]: If there is no LoRA to train, or it is none that can be saved.
+        [`AdaptiveDecodeError`]: If a LoRA is to be trained in a base that is parted over processes.
     """
 
     _is_staging = False
+    _sharding: BaseSharding | None = None
 
     def __init__(self, model: PreTrainedModel, *, train_peft: bool = False, **kwargs: Any) -> None:
         set_lora_training(model, train_peft)
         with _passing_as_trainable(model):
             super().__init__(model=model, **kwargs)
+        self.lockstep = Lockstep()
+        if self._sharding is not None and self._sharding.parts:
+            if train_peft:
+                raise AdaptiveDecodeError(
+                    "`train_peft` is set, and the launcher's config parts the base over processes (ZeRO-3 or FSDP2); "
+                    "a LoRA learns where every process holds the base: launch with examples/accelerate/ddp.yaml."
+                )
+            self._sharding.shard(model, self.accelerator)
+            self.lockstep = Lockstep(model, self.accelerator.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, which need not know of a base that is parted over processes."""
+        self._sharding = BaseSharding.asked(self.args)
+        with contextlib.nullcontext() if self._sharding is None else self._sharding.hidden():
+            super().create_accelerator_and_postprocess()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        asked = cast(dict[str, Any], super()._build_accelerator_args(**kwargs))
+        return asked if self._sharding is None else asked | {"deepspeed_plugin": None, "fsdp_plugin": None}
+
+    def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
+        if self._sharding is None or not self._sharding.parts:  # else each process brings its part there
+            super()._move_model_to_device(model, device)
 
     def objective(self) -> str | None:
         """What is learned on, in words for the card."""
@@ -61,6 +94,26 @@ class AdapterTrainer(Trainer):
             size = f"{len(data):,} examples" if hasattr(data, "__len__") else None
             facts = TrainingFacts(size, self.objective(), self.state.global_step, self.args.seed)
             add_training(str(output_dir or self.args.output_dir), facts)
+
+    def own_rows(self, batch: Any, count: int) -> Any:
+        """A batch with its first `count` rows alone, and nothing of those that another process has, too."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """As the Trainer's, each row once: see [`~processes.count_own`]."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if batches:
+            batches[-1] = self._own(batches[-1])
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _own(self, batch: Any) -> Any:
+        rows = len(batch) if isinstance(batch, list) else len(batch["labels"])
+        own = count_own(self.accelerator, rows)
+        return batch if own == rows else self.own_rows(batch, own)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, each row once."""
+        return super().prediction_step(model, self._own(inputs), *args, **kwargs)
 
     def save_extra_state(self, folder: Path) -> None:
         """Writes what the trainer keeps beyond the Trainer's own state; nothing by default."""

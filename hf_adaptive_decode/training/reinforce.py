@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,6 +32,7 @@ from .checkpoints import AdapterTrainer
 from .credit import credit, with_baseline
 from .policy_loss import policy_loss
 from .prefilter import prefiltered
+from .processes import summed, total
 from .prompts import PromptDataset
 from .reinforce_arguments import REINFORCEDecodingTrainingArguments
 from .rollout_metrics import Mean, rollout_metrics, write_completions
@@ -124,6 +124,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._maker.lockstep = self.lockstep
         # The loss is a mean over this batch's trajectories; the Trainer averages over accumulated ones.
         self.model_accepts_loss_kwargs = False
         self._reference = copy.deepcopy(self._policy).requires_grad_(False).eval() if args.kl_coef else None
@@ -133,7 +134,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         self._latest: Rollout | None = None
         self.add_callback(_NoStepWithoutCredit(self))
         if train_dataset is not None and args.prefilter_samples:
-            self.train_dataset, kept = prefiltered(self._maker, self.train_dataset, args)
+            self.train_dataset, kept = prefiltered(self._maker, self.train_dataset, args, self.accelerator)
             self._note("train", {"prefilter/kept_fraction": (kept, 1.0)})
 
     def objective(self) -> str:
@@ -143,6 +144,13 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
     @property
     def _settings(self) -> REINFORCEDecodingTrainingArguments:
         return cast(REINFORCEDecodingTrainingArguments, self.args)
+
+    def own_rows(self, batch: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+        """The batch's first prompts."""
+        return batch[:count]
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs  # prompts are no tensors, and there may be none
 
     def compute_loss(
         self,
@@ -176,9 +184,8 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
                 found[kept] = credit(rollout.table[kept], *of_kept)
             return found
         known = rollout.table[np.isfinite(rollout.table)]
-        total = torch.tensor([known.sum(), len(known)], dtype=torch.float64, device=self.args.device)
-        summed, count = self.accelerator.reduce(total, "sum").tolist()
-        mean = summed / max(count, 1.0)
+        earned, count = total(self.accelerator, float(known.sum()), float(len(known)))
+        mean = earned / max(count, 1.0)
         baseline = {"batch": mean, "none": 0.0}.get(settings.baseline, self._average / max(self._average_weight, 1e-12))
         decay = settings.ema_decay if count else 1.0  # a batch without a reward says nothing
         self._average = decay * self._average + (1 - decay) * mean
@@ -195,9 +202,9 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         if decisions is not None:
             kept = torch.from_numpy(rollout.kept).to(device).repeat_interleave(self._maker.samples)
             mine = kept[decisions.row].nonzero().squeeze(-1)
-        # The mean over all processes' decisions, as a sum of their shares.
-        counted = torch.tensor([float(len(mine))], device=device)
-        count = float(self.accelerator.reduce(counted, "sum")) / self.accelerator.num_processes
+        # Means over all processes' decisions and trajectories, as sums of their shares.
+        processes = self.accelerator.num_processes
+        count, trajectories = (number / processes for number in total(self.accelerator, len(mine), advantage.size))
         self._credited += count
         if decisions is None or len(mine) == 0:
             nothing: torch.Tensor = torch.stack([p.sum() * 0.0 for p in self._policy.parameters()]).sum()
@@ -210,7 +217,7 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
             self._policy.action_logits(seen),
             decisions.action[mine],
             flat[decisions.row[mine]],
-            trajectories=len(flat),
+            trajectories=trajectories,
             decisions=count,
             entropy_coef=self._settings.entropy_coef,
             kl_coef=self._settings.kl_coef,
@@ -229,13 +236,8 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """Decodes and rewards evaluation prompts, with the same draws at every evaluation."""
-        loader = self.accelerator.gradient_state
-        if loader.end_of_dataloader and loader.remainder > 0:
-            # The last batches of several processes are filled up with prompts that were there before.
-            inputs = inputs[: max(0, loader.remainder - self.accelerator.process_index * self.args.eval_batch_size)]
-        if inputs:
-            rollout = self._maker.roll_out(self._policy, inputs, _EVALUATION, self.state)
-            self._note("eval", rollout_metrics(rollout, self._maker.rewards.names, self._policy))
+        rollout = self._maker.roll_out(self._policy, self._own(inputs), _EVALUATION, self.state)
+        self._note("eval", rollout_metrics(rollout, self._maker.rewards.names, self._policy))
         return torch.zeros((), device=self.args.device), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -255,12 +257,11 @@ class REINFORCEDecodingTrainer(AdapterTrainer):
 
     def _drain(self, mode: str) -> dict[str, float]:
         """Means since the last time, over all processes."""
-        own = {name: list(entry) for name, entry in self._sums[mode].items()}
+        own = {name: tuple(entry) for name, entry in self._sums[mode].items()}
         self._sums[mode].clear()
-        parts = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
-        names = sorted({name for part in parts for name in part})
-        totals = {name: np.sum([part[name] for part in parts if name in part], axis=0) for name in names}
-        return {name: float(total[0] / total[1]) for name, total in totals.items()}
+        return {
+            name: float(value / weight) for name, (value, weight) in summed(self.accelerator, own).items() if weight
+        }
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what the rollouts since the last log brought."""

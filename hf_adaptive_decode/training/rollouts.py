@@ -11,6 +11,7 @@ import torch
 
 from ..engines.base import Completion
 from ..engines.engine import Engine
+from ..engines.lockstep import Lockstep
 from ..engines.prompts import encode_prompt
 from ..engines.records import Decisions, Rows
 from ..policies.action_policy import ActionPolicy
@@ -67,6 +68,9 @@ class RolloutMaker:
         drop_equal (`bool`): Whether prompts whose samples, if several, all earned the same are not kept.
         chat_template_kwargs (`dict`, *optional*): For conversational prompts.
         seed (`int`): For other draws.
+
+    Attributes:
+        lockstep ([`Lockstep`]): That of a model which is parted over processes; they have to roll out together.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class RolloutMaker:
         self.engine, self.rewards, self.drawer = engine, rewards, drawer
         self.samples, self.aggregation, self.scorer, self.answer_of = samples, aggregation, scorer, answer_of
         self.drop_equal, self.chat_template_kwargs, self.seed = drop_equal, chat_template_kwargs, seed
+        self.lockstep = Lockstep()
 
     def roll_out(
         self, policy: ActionPolicy, items: Sequence[Item], step: int, trainer_state: Any = None, explores: bool = False
@@ -96,7 +101,8 @@ class RolloutMaker:
         policy.eval()
         policy.deterministic = deterministic and not explores
         try:
-            completions, decisions = self._decode(policy, items, draws, step)
+            with self.lockstep.phase():
+                completions, decisions = self._decode(policy, items, draws, step)
         finally:
             policy.train(was_training)
             policy.deterministic = deterministic
@@ -135,6 +141,8 @@ class RolloutMaker:
     def _decode(
         self, policy: ActionPolicy, items: Sequence[Item], draws: Sequence[Draw], step: int
     ) -> tuple[list[Completion], Decisions | None]:
+        if not items:
+            return [], None
         encoded = [encode_prompt(self.engine.tokenizer, draw.prompt, self.chat_template_kwargs) for draw in draws]
         device = self.engine.model.device
         prompt = torch.arange(len(items), device=device).repeat_interleave(self.samples)
@@ -157,6 +165,8 @@ def score_groups(
     trainer_state: Any = None,
 ) -> Rewards:
     """Rewards of completions that lie prompt by prompt; `prompts` are the items' as they were asked."""
+    if not items:
+        return rewards([], [], [], {}, trainer_state=trainer_state)
     samples = len(completions) // len(items)
     owner = [group for group in range(len(items)) for _ in range(samples)]
     plain = [isinstance(prompt, str) for prompt in prompts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,12 +25,12 @@ from ..projection import FrozenProjection, Projection
 from ..types import DecodeState
 from .arguments import AutoDecoTrainingArguments
 from .checkpoints import AdapterTrainer
-from .control import CommandSet, ControlOutput, control_loss, count_pairs, of_baseline
+from .control import DIRECTIONS, CommandSet, control_loss, count_pairs, of_baseline
 from .data import DecodingDataCollator, column_names, commanded, has_commands, tokenized
 from .epoch_cache import CommitCallback, EpochCache, numbered
 from .epoch_cache_options import ROW_COLUMN, epoch_cache_folder
-
-_SUMS = ("temperature", "temperature_square", "top_p", "top_p_square", "temperature_loss", "top_p_loss")
+from .heads_metrics import HeadsMetrics
+from .processes import total
 
 
 class AutoDecoTrainer(AdapterTrainer):
@@ -76,9 +76,10 @@ class AutoDecoTrainer(AdapterTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or AutoDecoTrainingArguments(output_dir="autodeco_output")
-        if args.world_size > 1:
+        if args.world_size > 1 and args.epoch_cache is not None:
             raise AdaptiveDecodeError(
-                f"`AutoDecoTrainer` runs in one process and was launched in {args.world_size}; start it with `python`."
+                f'`epoch_cache` is "{args.epoch_cache}" and there are {args.world_size} processes, of which each would '
+                "look for rows that another has kept; start one with `python`, or set `epoch_cache=None`."
             )
         model = unwrap_peft(model) if isinstance(model, nn.Module) else model
         if not isinstance(model, AutoDecoForCausalLM):
@@ -87,12 +88,16 @@ class AutoDecoTrainer(AdapterTrainer):
         base: PreTrainedModel = model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base.config.name_or_path)
-        if train_dataset is not None:
-            train_dataset = _prepared(train_dataset, processing_class, args)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: _prepared(part, processing_class, args, True) for name, part in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = _prepared(eval_dataset, processing_class, args, True)
+        # One process tokenises; the others then find what `datasets` keeps of it.
+        with args.main_process_first(desc="tokenising"):
+            if train_dataset is not None:
+                train_dataset = _prepared(train_dataset, processing_class, args)
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {
+                    name: _prepared(part, processing_class, args, True) for name, part in eval_dataset.items()
+                }
+            elif eval_dataset is not None:
+                eval_dataset = _prepared(eval_dataset, processing_class, args, True)
         if args.epoch_cache is not None:
             train_dataset, eval_dataset = _numbered(train_dataset, eval_dataset)
         kwargs.setdefault("data_collator", DecodingDataCollator(processing_class.pad_token_id or 0))
@@ -109,7 +114,7 @@ class AutoDecoTrainer(AdapterTrainer):
         self.model_accepts_loss_kwargs = True
         self._projection = Projection(base) if args.train_peft else FrozenProjection(base)
         self._pairs_of_step = 1
-        self._sums: dict[str, dict[str, Any]] = {mode: defaultdict(float) for mode in ("train", "eval")}
+        self._metrics = HeadsMetrics(self.accelerator)
         self._cache = self._epoch_cache()
 
     def _epoch_cache(self) -> EpochCache | None:
@@ -156,29 +161,41 @@ class AutoDecoTrainer(AdapterTrainer):
         The decoding loss of a padded batch, and the ranking loss where it has commands; the model's own outputs are
         never made.
         """
+        adaptive = cast(AutoDecoForCausalLM, self.accelerator.unwrap_model(model))
+        # As the forward of the wrapped model, so that gradients are averaged over processes.
+        job = partial(self._loss, adaptive, dict(inputs), num_items_in_batch)
+        with self.lockstep.phase(), adaptive.running_instead(job):
+            loss = cast(torch.Tensor, model())
+        if num_items_in_batch is not None:
+            # Divided by the tokens of all processes, it is this one's share, and gradients become the mean of shares.
+            loss = loss * self.accelerator.num_processes
+            if not model.training:
+                loss = cast(torch.Tensor, self.accelerator.reduce(loss.detach(), "mean"))
+        return (loss, {}) if return_outputs else loss
+
+    def _loss(
+        self, model: AutoDecoForCausalLM, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
         args, mode = cast(AutoDecoTrainingArguments, self.args), "train" if model.training else "eval"
         ranking = args.ranking_config()
-        inputs = dict(inputs)
         rows = self._numbers(inputs, model)
         # The output layer then runs in the precision of the rest of the model; the heads keep to fp32 by themselves.
         with self.accelerator.autocast():
             if self._cache is not None and rows is not None and self._cache.has(rows):
-                output = self._kept_loss(model, inputs, rows, num_items_in_batch)
+                output = self._kept_loss(model, inputs, rows, num_items)
                 loss = output.loss
             else:
                 hidden = self._projection.hidden_states(**of_baseline(inputs))
                 inputs = send_to_device(inputs, hidden.device)  # several devices: it ends on another than it begins
-                output = self._decoding_loss(model, inputs, hidden, rows, num_items_in_batch)
+                output = self._decoding_loss(model, inputs, hidden, rows, num_items)
                 loss = output.loss
                 if ranking.weight > 0 and "low_labels" in inputs:
-                    policy = cast(AutoDecoForCausalLM, model).decoding_adapter
-                    pairs = None if num_items_in_batch is None else self._pairs_of_step
+                    policy, pairs = model.decoding_adapter, None if num_items is None else self._pairs_of_step
                     control = control_loss(policy, self._projection, inputs, hidden, ranking, pairs)
-                    self._remember_control(control, mode)
+                    self._metrics.add_control(control, mode)
                     loss = loss + ranking.weight * control.ranking.loss
-        self._remember(output, mode)
-        loss = loss.to(self.args.device)
-        return (loss, {}) if return_outputs else loss
+        self._metrics.add(output, mode)
+        return loss.to(self.args.device)
 
     def _numbers(self, inputs: dict[str, torch.Tensor], model: nn.Module) -> torch.Tensor | None:
         """The batch's row numbers, taken out of it; `None` for data that was not there from the start."""
@@ -190,9 +207,11 @@ class AutoDecoTrainer(AdapterTrainer):
             )
         return rows
 
-    def _asked(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any, torch.Tensor | None]:
+    def _asked(
+        self, model: AutoDecoForCausalLM, inputs: dict[str, torch.Tensor]
+    ) -> tuple[Any, Any, torch.Tensor | None]:
         """What the loss takes beside positions: the policy as a function, the options, and the numbers of the draw."""
-        policy = cast(AutoDecoForCausalLM, model).decoding_adapter
+        policy = model.decoding_adapter
         args, uniform = cast(AutoDecoTrainingArguments, self.args), None
         config = args.loss_config(training=model.training)
         if config.easy_token_mask_ratio > 0:
@@ -208,7 +227,7 @@ class AutoDecoTrainer(AdapterTrainer):
 
     def _decoding_loss(
         self,
-        model: nn.Module,
+        model: AutoDecoForCausalLM,
         inputs: dict[str, torch.Tensor],
         hidden: torch.Tensor,
         rows: torch.Tensor | None,
@@ -218,7 +237,7 @@ class AutoDecoTrainer(AdapterTrainer):
         hidden, targets = hidden[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
         given = (hidden, targets, predict, self._projection.logits)
         if cast(AutoDecoTrainingArguments, self.args).train_peft and torch.is_grad_enabled():
-            policy = cast(AutoDecoForCausalLM, model).decoding_adapter
+            policy = model.decoding_adapter
             learning = [p for p in (*policy.parameters(), *self._projection.parameters()) if p.requires_grad]
             return joint_decoding_loss(*given, learning, config, mask_uniform=uniform, num_items=num_items)
         if self._cache is None or rows is None:
@@ -230,7 +249,7 @@ class AutoDecoTrainer(AdapterTrainer):
 
     def _kept_loss(
         self,
-        model: nn.Module,
+        model: AutoDecoForCausalLM,
         inputs: dict[str, torch.Tensor],
         rows: torch.Tensor,
         num_items: torch.Tensor | int | None,
@@ -244,52 +263,34 @@ class AutoDecoTrainer(AdapterTrainer):
         uniform = None if uniform is None else uniform[valid]
         return cache.loss(rows, targets[valid], predict, config, mask_uniform=uniform, num_items=num_items)
 
+    def own_rows(self, batch: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+        """The batch, with targets in its first rows alone: every process runs the base on batches of one shape."""
+        targets = {"labels", *(f"{name}_labels" for name in DIRECTIONS)} & set(batch)
+        blank = {name: batch[name].clone() for name in targets}
+        for labels in blank.values():
+            labels[count:] = IGNORE_INDEX
+        return {**batch, **blank}
+
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
     ) -> torch.Tensor | int | None:
-        """Targets of the whole optimiser step; a row's first token is predicted from nothing and does not count."""
-        self._pairs_of_step = max(sum(map(count_pairs, batch_samples)), 1)
+        """
+        Targets of the whole optimiser step, in all processes; a row's first token is predicted from nothing and does
+        not count.
+        """
+        pairs = sum(map(count_pairs, batch_samples))
         count = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batch_samples)
+        count, pairs = (int(number) for number in total(self.accelerator, count, pairs))
+        self._pairs_of_step = max(pairs, 1)
         return max(count, 1)
-
-    def _remember(self, output: DecodingLossOutput, mode: str) -> None:
-        sums = self._sums[mode]
-        sums["kept"] += output.n_kept
-        sums["valid"] += output.n_valid
-        for name in _SUMS:
-            sums[name] = sums[name] + vars(output)[f"{name}_sum"]
-
-    def _remember_control(self, output: ControlOutput, mode: str) -> None:
-        sums = self._sums[mode]
-        sums["pairs"] += output.ranking.n_pairs
-        sums["control_loss"] = sums["control_loss"] + output.ranking.loss_sum.double()
-        for version, means in output.means.items():
-            sums[f"rows_{version}"] += int(means.present.sum())
-            for name in ("temperature", "top_p"):
-                mean = vars(means)[name]
-                if mean is not None:
-                    sums[f"control_{name}_{version}"] = sums[f"control_{name}_{version}"] + mean.detach().double().sum()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what the policy predicted since the last log."""
         # One of several evaluation sets has its loss called `eval_NAME_loss`; what is added takes the same prefix.
         losses = [name for name in logs if name.startswith("eval_") and name.endswith("_loss")]
         mode, prefix = ("eval", losses[0].removesuffix("loss")) if losses else ("train", "")
-        sums, self._sums[mode] = self._sums[mode], defaultdict(float)
-        kept = sums["kept"]
-        if kept:
-            policy = cast(AutoDecoForCausalLM, self.model).decoding_adapter
-            for name in policy.config.heads:
-                mean = float(sums[name]) / kept
-                spread = max(float(sums[f"{name}_square"]) / kept - mean**2, 0.0) ** 0.5
-                logs |= {f"{prefix}{name}_mean": mean, f"{prefix}{name}_std": spread}
-            for name in ("temperature_loss", "top_p_loss"):
-                logs[f"{prefix}{name}"] = float(sums[name]) / kept
-            logs[f"{prefix}kept_fraction"] = kept / sums["valid"]
-        if sums["pairs"]:
-            logs[f"{prefix}control_loss"] = float(sums["control_loss"]) / sums["pairs"]
-            for name in [name for name in sums if name.startswith(("control_temperature_", "control_top_p_"))]:
-                logs[f"{prefix}{name}"] = float(sums[name]) / max(sums[f"rows_{name.rpartition('_')[2]}"], 1)
+        policy = cast(AutoDecoForCausalLM, self.model).decoding_adapter
+        logs |= self._metrics.drain(mode, policy.config.heads, prefix)
         super().log(logs, *args, **kwargs)
 
 

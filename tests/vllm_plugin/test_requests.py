@@ -1,4 +1,4 @@
-"""Seeds, opting out, traces, new weights and grammars of requests to an engine with an adapter; what is refused."""
+"""What requests may ask of an engine with an adapter: seeds, opting out, traces, new weights, grammars; what not."""
 
 from __future__ import annotations
 
