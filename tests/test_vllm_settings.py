@@ -50,7 +50,7 @@ def as_vllm_samples(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 SETTINGS = st.fixed_dictionaries(
     {},
     optional={
-        "temperature": st.sampled_from([0.0, 0.004, 0.01, 0.5, 1.0, 1.7]),
+        "temperature": st.sampled_from([0.0, 0.004, 0.01, 0.5, 1.0, 1.7, 2.0, 2.5]),
         "top_k": st.integers(0, 12),
         "top_p": st.floats(0.05, 1.0),
         "min_p": st.floats(0.0, 0.5),
@@ -73,7 +73,7 @@ def test_what_is_left_to_vllms_sampler_it_does_as_the_warp_does(settings, seed):
     ("settings", "said"),
     [
         ({"temperature": 1.5, "top_p": 0.7, "min_p": 0.2}, "min-p before top-p"),
-        ({"temperature": 0.004}, "at least 0.01, and 0.004"),
+        ({"temperature": 0.004}, "from 0.01 to 2, and 0.004"),
     ],
 )
 def test_what_is_not_differs_indeed(settings, said):
@@ -132,6 +132,7 @@ def test_who_samples_what():
     assert by(True, **once) == by(False, **once) == (True, None)
     assert by(False, **{**once, "pooling": "mean"}) == (True, None)
     assert by(False, policy="static", actions=[{"temperature": 0.5}]) == (True, None)
+    assert by(True, policy="static", actions=[{"temperature": 2.5}]) == (False, None)
     assert by(True, **{**once, "actions": odd}) == (False, None)
     assert by(True, policy="heads") == by(True, policy="static", actions=ACTIONS) == (False, None)
     assert by(True, policy="static", actions=[{"temperature": 0.5}], max_prob_mask=0.9) == (False, None)

@@ -11,8 +11,8 @@ from ..policies import POLICIES, DecodingPolicy
 from .constraints import Constraints
 from .deciding import decides_here
 
-# vLLM raises a smaller one to this, with no more than a warning.
-LEAST_TEMPERATURE = 0.01
+# vLLM raises a smaller one to the least, with no more than a warning, and refuses one above the greatest.
+LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 0.01, 2.0
 # Parts of a generation config that are parameters of vLLM's, too.
 _SHARED = {"RepetitionPenaltyLogitsProcessor", "MinNewTokensLengthLogitsProcessor"}
 
@@ -30,8 +30,9 @@ def sampled_otherwise(settings: Mapping[str, float]) -> str | None:
     temperature = settings.get("temperature", 1.0)
     if temperature == 0:
         return None
-    if temperature < LEAST_TEMPERATURE:
-        return f"its temperature is at least {LEAST_TEMPERATURE:g}, and {temperature:g} is wanted"
+    if not LEAST_TEMPERATURE <= temperature <= GREATEST_TEMPERATURE:
+        span = f"{LEAST_TEMPERATURE:g} to {GREATEST_TEMPERATURE:g}"
+        return f"its temperature is from {span}, and {temperature:g} is wanted"
     if settings.get("min_p", 0.0) > 0 and settings.get("top_p", 1.0) < 1:
         return (
             f"it applies min-p before top-p, and top_p={settings['top_p']:g} before min_p={settings['min_p']:g} is "

@@ -72,6 +72,9 @@ class Colocated:
             self._shut_down()
         self._llm = self._shut_down = None
         self._folder.cleanup()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _start(self) -> Any:
         try:
@@ -109,10 +112,10 @@ class Colocated:
 
 
 def _shut_down(llm: Any) -> None:
-    llm.llm_engine.engine_core.shutdown()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    core = llm.llm_engine.engine_core
+    # In one process engines share their groups of devices, which a shutdown takes from all of them.
+    if type(core).__name__ != "InprocClient":
+        core.shutdown()
 
 
 @contextmanager
