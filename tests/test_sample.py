@@ -268,7 +268,7 @@ def test_a_task_by_name_asks_as_evaluate_does_and_leaves_it_what_it_measures_on(
     monkeypatch.setattr("hf_adaptive_decode.rewards.math_reward", half)
     rows = [
         {"question": row["prompt"], "answer": f"Because.\n#### {18 + index % 2}"}
-        for index, row in enumerate(build_problems("train", 60))
+        for index, row in enumerate(build_problems("train", 120))
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
