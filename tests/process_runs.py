@@ -21,8 +21,7 @@ import reinforce_tables
 import test_training
 import tiny
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import save_file
 
 from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM, AutoDecoTrainer
@@ -34,10 +33,9 @@ CONFIGS = ROOT / "examples" / "accelerate"
 def launch_environment(strategy: str, processes: int, port: int) -> dict[str, str]:
     """What `accelerate launch` would set for each process, beside the numbers of the processes."""
     words = ["--config_file", str(CONFIGS / f"{strategy}.yaml"), "--num_processes", str(processes)]
-    args = launch_command_parser().parse_args([*words, "--main_process_port", str(port), "training.py"])
-    args, _, _ = _validate_launch_command(args)
-    with mock.patch.dict(os.environ):
-        made = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    made: dict[str, str] = {}
+    with mock.patch("torch.distributed.run.run", side_effect=lambda args: made.update(os.environ)):
+        launch_command(launch_command_parser().parse_args([*words, "--main_process_port", str(port), "training.py"]))
     return {name: value for name, value in made.items() if os.environ.get(name) != value and name != "PYTHONPATH"}
 
 
@@ -129,14 +127,14 @@ def _write(found: dict, adapter: dict, rank: int, processes: int, folder: str) -
 def one_process(what: str, strategy: str, rank: int, port: int, processes: int, folder: str, options: dict) -> None:
     """One of several processes, or the only one."""
     reinforce_runs._quietly()
+    errors = os.open(Path(folder, f"err-{rank}-of-{processes}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(errors, sys.stderr.fileno())
     if processes > 1:
         os.environ |= launch_environment(strategy, processes, port)
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "RANK": rank}
         where |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
         os.environ |= {name: str(value) for name, value in where.items()}
-    with open(Path(folder, f"err-{rank}-of-{processes}"), "w") as errors:
-        os.dup2(errors.fileno(), sys.stderr.fileno())
-        TARGETS[what](rank, processes, folder, options)
+    TARGETS[what](rank, processes, folder, options)
     if processes > 1:
         torch.distributed.destroy_process_group()
 
