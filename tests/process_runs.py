@@ -109,6 +109,19 @@ def on_policy(rank: int, processes: int, folder: str, options: dict) -> None:
 TARGETS = {"heads": on_heads, "policy": on_policy}
 
 
+def _part_small_ones_too() -> None:
+    """DeepSpeed leaves whole what has less than 100,000 numbers, which here is everything."""
+    import deepspeed
+
+    initialize = deepspeed.initialize
+
+    def parting_all(config, **how):
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return initialize(config=config, **how)
+
+    deepspeed.initialize = parting_all
+
+
 def _held(model) -> dict:
     """How many numbers this process has of the base, and of the adapter."""
     held = {"base": 0, "adapter": 0}
@@ -134,6 +147,8 @@ def one_process(what: str, strategy: str, rank: int, port: int, processes: int, 
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "RANK": rank}
         where |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
         os.environ |= {name: str(value) for name, value in where.items()}
+    if processes > 1 and strategy == "zero3":
+        _part_small_ones_too()
     TARGETS[what](rank, processes, folder, options)
     if processes > 1:
         torch.distributed.destroy_process_group()
@@ -159,7 +174,12 @@ def start(found, what: str, strategy: str, processes: int, folder: Path, options
     return running
 
 
-def kill_one(running: list, which: int, folder: Path, checkpoint: int, seconds=60) -> list[int | None]:
+def seconds_for(strategy: str) -> int:
+    """How long a training may take: on a processor DeepSpeed compiles something the first time."""
+    return 300 if strategy.startswith("zero") else 90
+
+
+def kill_one(running: list, which: int, folder: Path, checkpoint: int, seconds: int) -> list[int | None]:
     """Kills one of the processes as soon as there is a checkpoint, and gives how all of them ended."""
     deadline = time.monotonic() + seconds
     while not (folder / "run" / f"checkpoint-{checkpoint}").exists() and time.monotonic() < deadline:
@@ -173,8 +193,9 @@ def kill_one(running: list, which: int, folder: Path, checkpoint: int, seconds=6
     return codes
 
 
-def together(found, what: str, strategy: str, processes: int, folder: Path, options: dict, seconds=60) -> list[dict]:
+def together(found, what: str, strategy: str, processes: int, folder: Path, options: dict) -> list[dict]:
     """Runs a training in so many processes at once, and gives what each wrote down."""
+    seconds = seconds_for(strategy)
     running = start(found, what, strategy, processes, folder, options)
     for process in running:
         process.join(seconds)
