@@ -21,8 +21,7 @@ import reinforce_tables
 import test_training
 import tiny
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import save_file
 
 from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM, AutoDecoTrainer
@@ -34,10 +33,9 @@ CONFIGS = ROOT / "examples" / "accelerate"
 def launch_environment(strategy: str, processes: int, port: int) -> dict[str, str]:
     """What `accelerate launch` would set for each process, beside the numbers of the processes."""
     words = ["--config_file", str(CONFIGS / f"{strategy}.yaml"), "--num_processes", str(processes)]
-    args = launch_command_parser().parse_args([*words, "--main_process_port", str(port), "training.py"])
-    args, _, _ = _validate_launch_command(args)
-    with mock.patch.dict(os.environ):
-        made = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    made: dict[str, str] = {}
+    with mock.patch("torch.distributed.run.run", side_effect=lambda args: made.update(os.environ)):
+        launch_command(launch_command_parser().parse_args([*words, "--main_process_port", str(port), "training.py"]))
     return {name: value for name, value in made.items() if os.environ.get(name) != value and name != "PYTHONPATH"}
 
 
@@ -111,6 +109,19 @@ def on_policy(rank: int, processes: int, folder: str, options: dict) -> None:
 TARGETS = {"heads": on_heads, "policy": on_policy}
 
 
+def _part_small_ones_too() -> None:
+    """DeepSpeed leaves whole what has less than 100,000 numbers, which here is everything."""
+    import deepspeed
+
+    initialize = deepspeed.initialize
+
+    def parting_all(config, **how):
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return initialize(config=config, **how)
+
+    deepspeed.initialize = parting_all
+
+
 def _held(model) -> dict:
     """How many numbers this process has of the base, and of the adapter."""
     held = {"base": 0, "adapter": 0}
@@ -129,14 +140,16 @@ def _write(found: dict, adapter: dict, rank: int, processes: int, folder: str) -
 def one_process(what: str, strategy: str, rank: int, port: int, processes: int, folder: str, options: dict) -> None:
     """One of several processes, or the only one."""
     reinforce_runs._quietly()
+    errors = os.open(Path(folder, f"err-{rank}-of-{processes}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(errors, sys.stderr.fileno())
     if processes > 1:
         os.environ |= launch_environment(strategy, processes, port)
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "RANK": rank}
         where |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
         os.environ |= {name: str(value) for name, value in where.items()}
-    with open(Path(folder, f"err-{rank}-of-{processes}"), "w") as errors:
-        os.dup2(errors.fileno(), sys.stderr.fileno())
-        TARGETS[what](rank, processes, folder, options)
+    if processes > 1 and strategy == "zero3":
+        _part_small_ones_too()
+    TARGETS[what](rank, processes, folder, options)
     if processes > 1:
         torch.distributed.destroy_process_group()
 
@@ -161,7 +174,12 @@ def start(found, what: str, strategy: str, processes: int, folder: Path, options
     return running
 
 
-def kill_one(running: list, which: int, folder: Path, checkpoint: int, seconds=60) -> list[int | None]:
+def seconds_for(strategy: str) -> int:
+    """How long a training may take: on a processor DeepSpeed compiles something the first time."""
+    return 300 if strategy.startswith("zero") else 90
+
+
+def kill_one(running: list, which: int, folder: Path, checkpoint: int, seconds: int) -> list[int | None]:
     """Kills one of the processes as soon as there is a checkpoint, and gives how all of them ended."""
     deadline = time.monotonic() + seconds
     while not (folder / "run" / f"checkpoint-{checkpoint}").exists() and time.monotonic() < deadline:
@@ -175,8 +193,9 @@ def kill_one(running: list, which: int, folder: Path, checkpoint: int, seconds=6
     return codes
 
 
-def together(found, what: str, strategy: str, processes: int, folder: Path, options: dict, seconds=60) -> list[dict]:
+def together(found, what: str, strategy: str, processes: int, folder: Path, options: dict) -> list[dict]:
     """Runs a training in so many processes at once, and gives what each wrote down."""
+    seconds = seconds_for(strategy)
     running = start(found, what, strategy, processes, folder, options)
     for process in running:
         process.join(seconds)

@@ -161,7 +161,7 @@ def test_a_process_that_is_killed_is_recovered_from(strategy, what, processes, t
     killed = tmp_path / "killed"
     slow = {**options, "seconds_a_step": 0.3}
     running = process_runs.start(processes, what, strategy, 2, killed, slow)
-    codes = process_runs.kill_one(running, 1, killed, checkpoint=2)
+    codes = process_runs.kill_one(running, 1, killed, 2, process_runs.seconds_for(strategy))
     assert codes[1] == -signal.SIGKILL
     assert codes[0], "the other one went on alone, or waits for ever"
     steps = sorted(int(path.name.rpartition("-")[2]) for path in (killed / "run").glob("checkpoint-*"))
