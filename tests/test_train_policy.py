@@ -22,7 +22,7 @@ from hf_adaptive_decode.evaluation import Evaluation
 from hf_adaptive_decode.testbed import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = [path for path in sorted((ROOT / "examples" / "configs").glob("*.yaml")) if path.stem != "testbed_heads"]
+CONFIGS = [path for path in sorted((ROOT / "examples" / "configs").glob("*.yaml")) if not path.stem.endswith("_heads")]
 SIZES = {
     "train-problems": 16,
     "steps": 4,
