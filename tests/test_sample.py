@@ -266,9 +266,10 @@ def test_a_task_by_name_asks_as_evaluate_does_and_leaves_it_what_it_measures_on(
         return [float(one == "18") for one in solution]
 
     monkeypatch.setattr("hf_adaptive_decode.rewards.math_reward", half)
+    # The testbed's training problems alone are none that the hash would hold out.
+    problems = [row for split in ("train", "validation", "test") for row in build_problems(split, 40)]
     rows = [
-        {"question": row["prompt"], "answer": f"Because.\n#### {18 + index % 2}"}
-        for index, row in enumerate(build_problems("train", 120))
+        {"question": row["prompt"], "answer": f"Because.\n#### {18 + index % 2}"} for index, row in enumerate(problems)
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
