@@ -14,6 +14,7 @@ from .runner import Decoder
 from .runs import Runs, Sampled, hears_samples
 
 _SETTINGS = ("temperature", "top_p")
+_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -121,4 +122,5 @@ def _mean_settings(by_decoder: Sequence[Sequence[Sampled]]) -> dict[str, float]:
         tokens = np.concatenate([one.tokens.ravel() for one in group])
         columns = [np.concatenate([vars(one)[name].ravel() for one in group]) for name in _SETTINGS]
         means.append([np.average(column, weights=tokens) for column in columns])
-    return dict(zip(_SETTINGS, np.mean(means, axis=0).tolist(), strict=True))
+    # Rounded as one would type it: another batch size gives other last digits, which are not another setting.
+    return {name: round(value, _DIGITS) for name, value in zip(_SETTINGS, np.mean(means, axis=0).tolist(), strict=True)}
