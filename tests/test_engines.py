@@ -10,10 +10,11 @@ from test_rollout import POLICIES, PROMPTS, policy_of, rows_of
 from test_tokens import Numbers
 
 from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM, REINFORCEDecodingTrainingArguments
+from hf_adaptive_decode.cli.main import main
 from hf_adaptive_decode.engines.by_name import ENGINES, build_engine
 from hf_adaptive_decode.engines.transformers import complete
 from hf_adaptive_decode.errors import BudgetError, LogitsError, UnsupportedGenerationError
-from hf_adaptive_decode.evaluation import evaluate_decoding
+from hf_adaptive_decode.evaluation import Evaluation, evaluate_decoding
 from hf_adaptive_decode.evaluation.runner import Decoder
 from hf_adaptive_decode.evaluation.tasks import load_task
 from hf_adaptive_decode.policies import DecodingPolicy
@@ -252,3 +253,11 @@ def test_training_by_continuous_batching_is_training_by_transformers(policy, tmp
 
 def test_every_engine_is_in_the_dict_by_its_own_name():
     assert all(name == engine.name for name, engine in ENGINES.items())
+
+
+def test_an_engine_is_chosen_on_the_command_line(tmp_path, capsys):
+    words = "--validation-problems 2 --test-problems 2 --samples 1 --token-budget 8 --baselines greedy"
+    options = ["--engine", "continuous_batching", "--engine-options", '{"batching": {"page_size": 8}}']
+    assert main(["evaluate", *words.split(), *options, "--output", str(tmp_path)]) == 0
+    found = Evaluation.load(tmp_path / "results.jsonl")
+    assert {line["engine"] for line in found.measures} == {"continuous_batching"}

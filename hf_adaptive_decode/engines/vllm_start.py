@@ -26,6 +26,9 @@ from ..serving.plugin import PREFIX
 
 # In this process vLLM starts sooner, and schedules the same requests in the same way.
 _IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Those that were started here and are used, and those that nobody uses any more while others are.
+_OPEN: list[Any] = []
+_ENDED: list[Any] = []
 
 
 class Colocated:
@@ -51,7 +54,9 @@ class Colocated:
     def llm(self) -> Any:
         """The `vllm.LLM`; raises [`MissingExtraError`] if vLLM is not installed."""
         if self._llm is None:
+            gc.collect()  # engines that nobody holds any more
             self._llm = self._start()
+            _OPEN.append(self._llm)
             self._shut_down = weakref.finalize(self, _shut_down, self._llm)
         return self._llm
 
@@ -72,9 +77,6 @@ class Colocated:
             self._shut_down()
         self._llm = self._shut_down = None
         self._folder.cleanup()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _start(self) -> Any:
         try:
@@ -113,9 +115,17 @@ class Colocated:
 
 def _shut_down(llm: Any) -> None:
     core = llm.llm_engine.engine_core
-    # In one process engines share their groups of devices, which a shutdown takes from all of them.
     if type(core).__name__ != "InprocClient":
         core.shutdown()
+        return
+    # Engines of one process share their groups of devices, which the first that ends takes from all of them.
+    _OPEN.remove(llm)
+    _ENDED.append(llm)
+    if not _OPEN:
+        _ENDED.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 @contextmanager

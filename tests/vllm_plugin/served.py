@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +29,7 @@ VOCABULARY, HIDDEN, EOS = 160, 64, 2
 TOLERANCE = 1e-3
 # An engine that is collected takes the process groups of the others along.
 _ALIVE: list[Any] = []
+STARTS_WITHIN = 240
 FOLDER = Path(tempfile.mkdtemp(prefix="served-"))
 _SHAPE = {
     "vocab_size": VOCABULARY,
@@ -266,3 +275,38 @@ def hold_against_truth(truth: Truth, llm: Any, asked: list[Asked], outputs: list
     assert worst <= TOLERANCE, worst
     assert mismatches == 0
     return rows
+
+
+@contextmanager
+def running_server(model: Path, log: Path, *options: str) -> Iterator[tuple[str, Path]]:
+    """`vllm serve`, on a free port: its address, and where it logs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", *options]
+    # Two processes, as anywhere: only tests put the engine into theirs.
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + STARTS_WITHIN
+        while not is_up(address):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield address, log
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def is_up(address: str) -> bool:
+    """Whether a server answers."""
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import openai
 import pytest
+from served import running_server
 
 from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM
 from hf_adaptive_decode.testbed import load_base_model, load_tokenizer
 
 CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"
 PROMPT = "coin 4 7 47 - 11 =>"
-STARTS_WITHIN = 240
 
 
 @pytest.fixture(scope="module")
@@ -39,37 +33,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
     """`(client, address, log)` of a server on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port", str(port)]
-    options = ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    options += ["--served-model-name", "adapter", "--max-num-seqs", "8"]
-    # Two processes, as anywhere: only tests put the engine into theirs.
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}
-    with log.open("w") as output:
-        process = subprocess.Popen([*command, *options], env=environment, stdout=output, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + STARTS_WITHIN
-        while not is_up(address):
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.5)
+    options = ["--max-model-len", "128", "--served-model-name", "adapter", "--max-num-seqs", "8"]
+    with running_server(folder, tmp_path_factory.mktemp("log") / "server.log", *options) as (address, log):
         yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0), address, log
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def is_up(address):
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
 
 
 def complete(client, **body):

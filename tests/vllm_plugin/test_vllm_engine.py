@@ -14,11 +14,12 @@ from reinforce_tables import arguments
 
 from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM, REINFORCEDecodingTrainer
 from hf_adaptive_decode.adapters import config_for
+from hf_adaptive_decode.cli.main import main
 from hf_adaptive_decode.engines.by_name import build_engine
 from hf_adaptive_decode.engines.rollout import Rows, decode
 from hf_adaptive_decode.engines.transformers import complete, encode_prompt
 from hf_adaptive_decode.errors import BudgetError, UnsupportedGenerationError
-from hf_adaptive_decode.evaluation import evaluate_decoding
+from hf_adaptive_decode.evaluation import Evaluation, evaluate_decoding
 from hf_adaptive_decode.evaluation.runner import Decoder
 from hf_adaptive_decode.evaluation.tasks import load_task
 from hf_adaptive_decode.policies import StaticPolicy, build_policy
@@ -207,7 +208,8 @@ def test_a_token_policys_decisions_are_brought_back_from_the_worker(engine, base
         assert sure == logits.argmax(-1)[~unsure].tolist()
     # Drawn by the request's own random numbers.
     keys = torch.tensor([row_key(key) for key in rows.keys.tolist()])[decisions.row]
-    again = draw(policy.action_logits(decisions.seen).softmax(-1), row_uniforms(keys, decisions.step, 0))
+    with torch.no_grad():
+        again = draw(policy.action_logits(decisions.seen).softmax(-1), row_uniforms(keys, decisions.step, 0))
     assert torch.equal(again, decisions.action)
     assert len(set(decisions.action.tolist())) == 3
 
@@ -244,11 +246,13 @@ def test_new_weights_reach_the_engine_without_a_restart(engine, base, tokenizer)
 
 
 def test_exploring_draws_what_using_would_not(engine, base, tokenizer):
-    policy = policy_of(base, spread=0.1, policy="token_actions", actions=ACTIONS, deterministic=True)
+    policy = policy_of(base, spread=0.01, policy="token_actions", actions=ACTIONS, deterministic=True)
+    policy.layers[-1].bias.data = torch.tensor([0.0, 0.3, 0.0])
     usual = engine.roll_out(policy, rows_of(tokenizer))[1].action
     policy.deterministic = False
     explored = engine.roll_out(policy, rows_of(tokenizer))[1].action
-    assert len(set(usual.tolist())) < len(set(explored.tolist())) == 3
+    assert set(usual.tolist()) == {1}
+    assert set(explored.tolist()) == {0, 1, 2}
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -326,11 +330,11 @@ def test_decoders_of_ones_own_go_through_vllm_or_say_why_not(engine, base, token
 def test_training_through_vllm_learns_what_training_through_transformers_learns(kind, tmp_path):
     """
     The reward of the first step, before anything is learned, within 4.5 standard errors (a false alarm once in 70,000
-    seeds for each policy); that of the last, and how often the best action is taken, as the other's.
+    seeds for each policy); in the end, the greedy action, which earns four times as much, nearly always.
     """
     rewards, favoured = {}, {}
     for engine in ("transformers", "vllm"):
-        model = adaptive(policy=kind, actions=[{"temperature": 0.0}, {"temperature": 3.0}], policy_dropout=0.0)
+        model = adaptive(policy=kind, actions=[{"temperature": 0.0}, {"temperature": 2.0}], policy_dropout=0.0)
         args = arguments(
             tmp_path / engine,
             rollout_engine=engine,
@@ -354,6 +358,13 @@ def test_training_through_vllm_learns_what_training_through_transformers_learns(
     assert abs(rewards["vllm"][0] - rewards["transformers"][0]) < 4.5 * error
     assert abs(favoured["vllm"][0] - 0.5) < 0.15
     for engine in rewards:
-        assert favoured[engine][-1] > 0.85
-        assert rewards[engine][-1] > rewards[engine][0]
+        assert favoured[engine][-1] > 0.85, favoured
     assert abs(favoured["vllm"][-1] - favoured["transformers"][-1]) < 0.1
+
+
+def test_an_engine_is_chosen_on_the_command_line(tmp_path):
+    words = "--validation-problems 2 --test-problems 2 --samples 1 --token-budget 8 --baselines greedy"
+    options = ["--engine", "vllm", "--engine-options", '{"max_model_len": 200}']
+    assert main(["evaluate", *words.split(), *options, "--output", str(tmp_path)]) == 0
+    found = Evaluation.load(tmp_path / "results.jsonl")
+    assert {line["engine"] for line in found.measures} == {"vllm"}

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-
 import pytest
 import torch
+from served import running_server
 from test_vllm_engine import ACTIONS, BUDGETS, PROMPTS, ids_of, policy_of, rows_of
 
 from hf_adaptive_decode.engines.by_name import build_engine
@@ -23,35 +16,10 @@ from hf_adaptive_decode.testbed import BASE_MODEL_PATH, load_base_model, load_to
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    words = ["--model", str(BASE_MODEL_PATH), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    words += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-seqs", "32", "--max-model-len", "256"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-    try:
-        for _ in range(240):
-            assert server.poll() is None, log.read_text()[-3000:]
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2) as answer:
-                    assert json.load(answer)["data"]
-                    break
-            except OSError:
-                time.sleep(0.5)
-        else:
-            raise AssertionError(log.read_text()[-3000:])
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(30)
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    options = ["--no-enable-chunked-prefill", "--max-num-seqs", "32", "--max-model-len", "256"]
+    with running_server(BASE_MODEL_PATH, log, *options) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
