@@ -116,13 +116,9 @@ def engine(model: Path, **settings: Any) -> Any:
         "seed": 0,
         "kv_cache_memory_bytes": 32 << 20,
     }
-    return keep_alive(LLM(model=str(model), **(defaults | settings)))
-
-
-def keep_alive(engine: Any) -> Any:
-    """What holds an engine, for as long as there are tests."""
-    _ALIVE.append(engine)
-    return engine
+    made = LLM(model=str(model), **(defaults | settings))
+    _ALIVE.append(made)
+    return made
 
 
 def sampling(**settings: Any) -> Any:

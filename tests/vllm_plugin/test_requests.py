@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 import tiny
@@ -19,7 +18,6 @@ from served import (
     differences,
     engine,
     full_logprobs,
-    keep_alive,
     run,
     sampling,
     spread_out,
@@ -221,13 +219,3 @@ def test_a_grammar_holds_under_a_narrow_nucleus(tmp_path):
     for output in llm.generate(prompts, params, use_tqdm=False):
         assert 3 <= len(output.outputs[0].text.replace(" ", "")) <= 9
         assert output.outputs[0].text.replace(" ", "").isdigit()
-
-
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    constant_heads(tmp_path / "my-adapter", 0.7, 0.9, load_base_model())
-    readme = Path(__file__).parents[2] / "README.md"
-    (block,) = re.findall(r"```py\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
-    session = keep_alive({})
-    exec(compile(block, "README", "exec"), session)
-    assert len(capsys.readouterr().out.split()) >= 1
