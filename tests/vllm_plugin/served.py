@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,9 +101,13 @@ def spread_out(model: AutoDecoForCausalLM, seed: int = 0) -> None:
         policy.top_p_head.out.bias.data.fill_(1.0)
 
 
-def engine(model: Path, **settings: Any) -> Any:
-    """A vLLM engine in this process."""
+def engine(model: Path, alone: bool = True, **settings: Any) -> Any:
+    """A vLLM engine in this process; those before it are let go, unless it is not to be `alone`."""
     from vllm import LLM
+
+    if alone:
+        _ALIVE.clear()
+        gc.collect()
 
     defaults: dict[str, Any] = {
         "dtype": "float32",
