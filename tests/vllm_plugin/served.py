@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -109,9 +110,13 @@ def spread_out(model: AutoDecoForCausalLM, seed: int = 0) -> None:
         policy.top_p_head.out.bias.data.fill_(1.0)
 
 
-def engine(model: Path, **settings: Any) -> Any:
-    """A vLLM engine in this process."""
+def engine(model: Path, alone: bool = True, **settings: Any) -> Any:
+    """A vLLM engine in this process; those before it are let go, unless it is not to be `alone`."""
     from vllm import LLM
+
+    if alone:
+        _ALIVE.clear()
+        gc.collect()
 
     defaults: dict[str, Any] = {
         "dtype": "float32",
@@ -125,13 +130,9 @@ def engine(model: Path, **settings: Any) -> Any:
         "seed": 0,
         "kv_cache_memory_bytes": 32 << 20,
     }
-    return keep_alive(LLM(model=str(model), **(defaults | settings)))
-
-
-def keep_alive(engine: Any) -> Any:
-    """What holds an engine, for as long as there are tests."""
-    _ALIVE.append(engine)
-    return engine
+    made = LLM(model=str(model), **(defaults | settings))
+    _ALIVE.append(made)
+    return made
 
 
 def sampling(**settings: Any) -> Any:

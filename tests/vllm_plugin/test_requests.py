@@ -47,7 +47,7 @@ def tokens_of(outputs):
 
 def test_constant_heads_are_stock_sampling_token_for_token(tmp_path):
     adapter = constant_heads(tmp_path / "constant", 0.7, 0.9)
-    llm, stock = engine(adapter), engine(base_folder())
+    llm, stock = engine(adapter), engine(base_folder(), alone=False)
     fixed = {"temperature": 0.7, "top_p": 0.9}
     cases = [
         ([Asked(p, {"seed": n, "n": 2}) for n, p in enumerate(PROMPTS)], fixed),
@@ -127,7 +127,7 @@ def test_new_weights_reach_a_running_engine(token_actions, tmp_path):
     load_adapter(token_actions, tmp_path / "newer")
     after = tokens_of(run(token_actions, asked))
     assert after != before
-    assert tokens_of(run(engine(tmp_path / "newer"), asked)) == after
+    assert tokens_of(run(engine(tmp_path / "newer", alone=False), asked)) == after
     load_adapter(token_actions, adapter_folder("token_actions") / "model.safetensors")
     assert tokens_of(run(token_actions, asked)) == before
     other = adapter_folder("static")

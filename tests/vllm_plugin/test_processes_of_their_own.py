@@ -1,17 +1,20 @@
-"""An engine is started with an adapter's Hub id, and finds the base that the adapter names at its commit."""
+"""Engines in processes of their own: started with an adapter's Hub id, and as the README starts one."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import tiny
 from hub_server import Hub, environment
 from served import Asked, adapter_folder, base_folder, engine, run
 
-from hf_adaptive_decode import AutoDecoForCausalLM
+from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM
+from hf_adaptive_decode.testbed import load_base_model
 
 PROMPT = tiny.prompts(1, 9, seed=3)
 CODE = """
@@ -47,3 +50,15 @@ def test_a_hub_id(tmp_path):
     # The same seed in this process, from the folder.
     llm = engine(adapter_folder("heads"))
     assert tokens == list(run(llm, [Asked(PROMPT[0].tolist(), {"seed": 4})])[0].outputs[0].token_ids)
+
+
+def test_the_python_of_the_readme_runs(tmp_path):
+    AutoDecoForCausalLM.from_base(load_base_model(), AutoDecoConfig()).save_pretrained(tmp_path / "my-adapter")
+    readme = Path(__file__).parents[2] / "README.md"
+    (block,) = re.findall(r"```py\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    mine = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    # Compiling for a processor takes minutes.
+    command = [sys.executable, "-c", block.replace("max_model_len=128", "max_model_len=128, enforce_eager=True")]
+    done = subprocess.run(command, env=mine, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1].strip()
