@@ -419,9 +419,9 @@ BAD_INPUTS = {
     ),
     36: BadInput(
         "deep or huge LaTeX",
-        "long text is not read, the worker is killed at its deadline, and logs are cut",
+        "of a long text the end is read, the worker is killed at its deadline, and logs are cut",
         {
-            "rewards": "hostile_mathematics_ends_in_time a_text_too_long_is_not_read "
+            "rewards": "hostile_mathematics_ends_in_time of_a_long_text_the_end_is_read "
             "a_killed_worker_costs_one_reward_and_is_counted workers_are_reused_and_bounded_in_memory "
             "the_exact_reward_is_quick_on_hostile_text",
         },
