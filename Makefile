@@ -21,7 +21,7 @@ test: $(VENV)/.dev
 # The second time with vLLM's other model runner, whose kernels are interpreted where there is no GPU.
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_TEST) tests/vllm_plugin
-	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_TEST) tests/vllm_plugin/test_logprobs.py tests/vllm_plugin/test_drafts.py
+	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(VLLM_TEST) tests/vllm_plugin/test_logprobs.py tests/vllm_plugin/test_drafts.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py

@@ -21,13 +21,29 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def let_triton_interpret():
     """vLLM's second model runner needs Triton, which runs without a GPU if it interprets: vLLM is told of a backend."""
-    os.environ |= {"TRITON_INTERPRET": "1"}
     from triton.backends import backends
+    from triton.runtime.interpreter import InterpreterBuilder
 
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def as_bool(mask):
+        # Compiled, any number is a mask; the interpreter wants truth values.
+        mask.data = mask.data.astype(bool)
+        return mask
+
+    InterpreterBuilder.create_masked_load = lambda self, at, mask, *rest: load(self, at, as_bool(mask), *rest)
+    InterpreterBuilder.create_masked_store = lambda self, at, value, mask, *rest: store(
+        self, at, value, as_bool(mask), *rest
+    )
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    # Stock top-k and top-p, of requests that opt out, in PyTorch: their kernel is not one that can be interpreted.
+    topk_topp_sampler.HAS_TRITON = False
 
 
-if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+# TRITON_INTERPRET has to be set from outside: Triton reads it as it is imported, which other tests' files have done.
+if os.environ.get("TRITON_INTERPRET") == "1":
     let_triton_interpret()
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
