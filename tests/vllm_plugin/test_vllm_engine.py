@@ -183,7 +183,7 @@ def test_a_sequence_policy_that_vllm_would_sample_otherwise_decides_in_the_worke
 
 
 def test_a_token_policys_decisions_are_brought_back_from_the_worker(engine, base, tokenizer):
-    policy = policy_of(base, policy="token_actions", actions=ACTIONS, max_prob_mask=0.8)
+    policy = policy_of(base, spread=1.0, policy="token_actions", actions=ACTIONS, max_prob_mask=0.8)
     rows = rows_of(tokenizer)
     found, decisions = engine.roll_out(policy, rows)
     # Teacher-forced: what a policy would have seen at each of these tokens.
@@ -211,7 +211,7 @@ def test_a_token_policys_decisions_are_brought_back_from_the_worker(engine, base
     with torch.no_grad():
         again = draw(policy.action_logits(decisions.seen).softmax(-1), row_uniforms(keys, decisions.step, 0))
     assert torch.equal(again, decisions.action)
-    assert len(set(decisions.action.tolist())) == 3
+    assert len(set(decisions.action.tolist())) > 1
 
 
 @pytest.mark.parametrize("kind", ["heads", "entropy", "mixture"])
@@ -341,7 +341,7 @@ def test_training_through_vllm_learns_what_training_through_transformers_learns(
             budget=24,
             per_device_train_batch_size=32,
             num_generations=8,
-            max_steps=8,
+            max_steps=16,
             learning_rate=3e-2,
             max_prob_mask=None,
         )
