@@ -297,7 +297,7 @@ def weighed(
 
 
 def _drawn_easy(logits: torch.Tensor, target: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Which rows are both drawn and easy, `[C]`; only drawn rows are looked at."""
+    """Which rows are both drawn and easy, `[C]`; only drawn rows whose target is a maximum are looked at closely."""
     # Most rows have a token above the target, which their maximum tells at once; of the rest there may be ties.
     drawn = drawn & (logits.gather(1, target.unsqueeze(1)).squeeze(1) == logits.amax(dim=1))
     # A few rows at a time: the selection is a copy.
