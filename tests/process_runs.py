@@ -164,9 +164,7 @@ def start(found, what: str, strategy: str, processes: int, folder: Path, options
     folder.mkdir(exist_ok=True)
     port = free_port()
     running = [
-        found.Process(
-            target=one_process, args=(what, strategy, rank, port, processes, str(folder), options), daemon=True
-        )
+        found.Process(target=one_process, args=(what, strategy, rank, port, processes, str(folder), options))
         for rank in range(processes)
     ]
     for process in running:

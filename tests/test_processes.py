@@ -134,6 +134,15 @@ def test_policies_learn_in_two_processes_what_they_learn_in_one(strategy, case, 
         assert [sorted(one + other) for one, other in zip(*parts, strict=True)] == whole
 
 
+def test_every_process_has_its_rewards_in_workers(processes, tmp_path):
+    options = {**PLAIN, "policy": TOKENS, "max_steps": 2, "per_device_train_batch_size": 4, "reward_timeout": 20.0}
+    pair = process_runs.together(processes, "policy", "ddp", 2, tmp_path, options)
+    workers = [tuple(map(int, path.name.split("-")[1:])) for path in tmp_path.glob("rewarded-*")]
+    parents = {parent for parent, _ in workers}
+    assert parents == {found["pid"] for found in pair}
+    assert not parents & {worker for _, worker in workers}
+
+
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 SAVED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
