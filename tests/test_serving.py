@@ -23,7 +23,7 @@ WIDTH, VOCABULARY = 12, 30
 
 def serve(policy="sequence_actions", engine="engine", **settings):
     config = AutoDecoConfig(policy=policy, actions=ACTIONS, hidden_size=WIDTH, vocab_size=VOCABULARY, **settings)
-    return ServedAdapter(build_policy(config).eval(), "nowhere", engine, seed=0)
+    return ServedAdapter(build_policy(config).eval(), "nowhere", engine, seed=0, device=torch.device("cpu"))
 
 
 def rows_of(requests):
@@ -157,7 +157,7 @@ def test_nothing_is_kept_of_rows_that_are_not_traced():
 def test_new_weights_are_of_the_same_policy(tmp_path):
     model = tiny.wrap(policy="token_actions", actions=ACTIONS)
     model.save_pretrained(tmp_path / "same")
-    served = ServedAdapter(build_policy(model.decoding_config), "served", "weights", 0)
+    served = ServedAdapter(build_policy(model.decoding_config), "served", "weights", 0, torch.device("cpu"))
     served.load(str(tmp_path / "same"))
     served.load(str(tmp_path / "same" / "model.safetensors"))
     found, wanted = served.policy.state_dict(), model.decoding_adapter.state_dict()

@@ -360,7 +360,7 @@ def test_commands_are_learned_with_texts_and_with_solutions(tmp_path):
 def test_a_lora_learns_together_with_the_heads_and_is_measured_with_them(tmp_path, capsys):
     pytest.importorskip("peft")
     out = tmp_path / "out"
-    extra = ["--lora-rank", "2", "--lora-learning-rate", "0.01"]
+    extra = ["--lora-rank", "2", "--lora-learning-rate", "0.1"]
     few = ["--validation-problems", "2", "--test-problems", "2", "--token-budget", "8", "--samples", "1"]
     first = train(out, *extra)
     assert (out / "adapter" / "peft" / "adapter_model.safetensors").exists()

@@ -55,7 +55,7 @@ def _join(rank: int, port: int, processes: int) -> None:
 def failing(rank: int, port: int, processes: int, folder: str, options: dict) -> None:
     """A training whose reward fails in one of the processes."""
     _join(rank, port, processes)
-    reinforce_tables.build_trainer(folder, _fails_in_one, _rows(24), reinforce_runs.table(), **options).train()
+    reinforce_tables.build_trainer(folder, _fails_in_one, _rows(32), reinforce_runs.table(), **options).train()
 
 
 def with_a_cache(rank: int, port: int, processes: int, folder: str) -> None:
