@@ -23,7 +23,7 @@ test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_TEST) tests/vllm_plugin
 	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(VLLM_TEST) tests/vllm_plugin/test_logprobs.py tests/vllm_plugin/test_drafts.py
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev $(VLLM_VENV)/.installed
 	$(BIN)/python benchmarks/run.py
 
 quality: $(VENV)/.dev

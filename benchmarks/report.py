@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from report_plot import draw, panels
-from report_sections import SECTIONS, readme_table
+from report_readme import readme_table
+from report_sections import SECTIONS
 
 __all__ = ["load", "readme_table", "render"]
 
 HERE = Path(__file__).resolve().parent
 Results = dict[str, dict[str, Any]]
-PARTS = ("startup", "warping", "decoding", "training_step", "profile_steps", "rollout", "epoch_cache")
+PARTS = ("startup", "warping", "decoding", "training_step", "profile_steps", "rollout", "epoch_cache", "serving")
 _PLACE = ("part", "kind", "start", "shape", "model", "dtype", "logits", "rows", "batch", "prompt")
 _NAMED = {"rows": "{} rows", "batch": "batch {}", "prompt": "prompt {}", "part": "({})"}
 

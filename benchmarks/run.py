@@ -31,6 +31,7 @@ FULL: dict[str, list[str]] = {
     "profile_steps": [],
     "rollout": ["--parts", "c", "d", *_MIXED_SIZE],
     "epoch_cache": ["--tokens", "1024", "--rounds", "7"],
+    "serving": [],
 }
 _GPU_CELLS = [f"{shape}:1:{prompt}" for shape in ("0.6B", "8B") for prompt in (64, 1024, 4096, 8192, 16384, 24576)]
 _GPU_CELLS += [f"{shape}:{batch}:64" for shape in ("0.6B", "4B", "8B") for batch in (8, 32)]
@@ -42,6 +43,7 @@ GPU: dict[str, list[str] | None] = {
     "profile_steps": ["--shape", "8B"],
     "rollout": None,
     "epoch_cache": None,
+    "serving": None,
 }
 _ONE = "--threads 1"
 _TINY = f"{_ONE} --rounds 2"
@@ -60,7 +62,10 @@ QUICK: dict[str, list[str] | None] = {
         "--short-tokens 2 --testbed-short-tokens 2 --batches 2 --mixed-rounds 1"
     ).split(),
     "epoch_cache": f"{_TINY} --shape tiny --vocab 1000 --tokens 64".split(),
+    "serving": f"{_TINY} --shape tiny --layers 0 --vocab 1000 --batch 1 --prompt 4 --new-tokens 3".split(),
 }
+# vLLM has an environment of its own, which `make test-vllm` and `make bench` make.
+VLLM_PYTHON = HERE.parent / ".venv-vllm" / "bin" / "python"
 
 
 def folder_for(device: str) -> Path:
@@ -76,7 +81,8 @@ def folder_for(device: str) -> Path:
 
 def run_part(name: str, words: list[str], target: Path) -> bool:
     """One benchmark; whether it succeeded."""
-    command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(target / f"{name}.json"), *words]
+    python = VLLM_PYTHON if name == "serving" else sys.executable
+    command = [str(python), str(HERE / f"{name}.py"), "--json", str(target / f"{name}.json"), *words]
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
     start = time.perf_counter()
     # A thread that waits for its next turn must not take a core from the one whose turn it is.
@@ -102,7 +108,7 @@ def main() -> int:
     failed = []
     for name in args.only:
         words = sizes[name]
-        if words is None or not (HERE / f"{name}.py").exists():
+        if words is None or (name == "serving" and not VLLM_PYTHON.exists()):
             print(f"== {name}: left out", flush=True)
             continue
         words = [*words, "--device", args.device] if on_gpu else words
