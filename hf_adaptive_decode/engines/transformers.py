@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -19,7 +19,6 @@ __all__ = [
     "TransformersEngine",
     "as_completions",
     "complete",
-    "complete_batches",
     "encode_prompt",
     "is_greedy",
     "special_tokens",
@@ -58,22 +57,3 @@ def complete(
         prompts, how: As [`~Engine.complete`] takes them.
     """
     return TransformersEngine(model, tokenizer, batch_rows=batch_rows).complete(prompts, **how)
-
-
-def complete_batches(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    wanted: Sequence[tuple[int, int]],
-    *,
-    token_budget: int | Sequence[int],
-    parallel_budget: int,
-    settings: Mapping[str, float] | None = None,
-    policy: DecodingPolicy | None = None,
-    seed: int = 0,
-    batch_rows: int = 256,
-) -> Iterator[list[tuple[int, int, Completion]]]:
-    """As [`~Engine.complete_batches`], by [`TransformersEngine`]."""
-    engine = TransformersEngine(model, tokenizer, batch_rows=batch_rows)
-    how: dict[str, Any] = {"settings": settings, "policy": policy, "seed": seed}
-    return engine.complete_batches(prompts, wanted, token_budget=token_budget, parallel_budget=parallel_budget, **how)

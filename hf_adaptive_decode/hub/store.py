@@ -211,6 +211,19 @@ def load_into(policy: DecodingPolicy, weights: Path) -> None:
     policy.load_state_dict(tensors)
 
 
+def check_shape(config: AutoDecoConfig, hidden_size: int, vocab_size: int, source: str, base: str) -> None:
+    """Raises [`AdapterLoadError`] if an adapter was made for another width or vocabulary than `base` has."""
+    for name, found, wanted in (
+        ("hidden_size", config.hidden_size, hidden_size),
+        ("vocab_size", config.vocab_size, vocab_size),
+    ):
+        if found != wanted:
+            raise AdapterLoadError(
+                f"the adapter {source!r} was made for a base with {name} {found}, and {base} has {wanted}; load it on "
+                f"its own base ({config.base_model_name_or_path!r}) or train one for this model."
+            )
+
+
 def check_fit(config: AutoDecoConfig, model: nn.Module, source: str) -> None:
     """
     Holds an adapter's config against a base model.
@@ -219,15 +232,7 @@ def check_fit(config: AutoDecoConfig, model: nn.Module, source: str) -> None:
         [`AdapterLoadError`]: If their widths or vocabularies differ. Warns if only the architecture's settings do.
     """
     vocab_size, hidden_size = output_embedding_shape(model)
-    for name, found, wanted in (
-        ("hidden_size", config.hidden_size, hidden_size),
-        ("vocab_size", config.vocab_size, vocab_size),
-    ):
-        if found != wanted:
-            raise AdapterLoadError(
-                f"the adapter {source!r} was made for a base with {name} {found}, and {type(model).__name__} has "
-                f"{wanted}; load it on its own base ({config.base_model_name_or_path!r}) or train one for this model."
-            )
+    check_shape(config, hidden_size, vocab_size, source, type(model).__name__)
     if config.base_fingerprint not in (None, fingerprint(model)):
         warnings.warn(
             f"the adapter {source!r} was trained on {config.base_model_name_or_path!r}; this base has the same shape "

@@ -9,7 +9,7 @@ from typing import Any
 from ..configuration import AutoDecoConfig
 from ..errors import AdapterLoadError, UnsupportedGenerationError
 from ..hub.bases import locate_base
-from ..hub.store import AdapterFiles, locate
+from ..hub.store import AdapterFiles, check_shape, locate
 from .served import ServedAdapter, read_served
 
 # The name of our settings in a base's config, and of those that a user passes in `--hf-overrides`.
@@ -90,15 +90,7 @@ def read_settings_of(source: AdapterSource, hidden_size: int, vocab_size: int) -
     """
     files = source.files()
     config = files.read_config()
-    for name, found, wanted in (
-        ("hidden_size", config.hidden_size, hidden_size),
-        ("vocab_size", config.vocab_size, vocab_size),
-    ):
-        if found != wanted:
-            raise AdapterLoadError(
-                f"the adapter {source.path!r} was made for a base with {name} {found}, and this one has {wanted}; "
-                f"serve it with its own base ({config.base_model_name_or_path!r})."
-            )
+    check_shape(config, hidden_size, vocab_size, source.path, "the base to be served")
     if files.peft is not None:
         raise AdapterLoadError(
             f"the adapter {source.path!r} goes with a LoRA of its base, which vLLM would leave out; merge the LoRA "
