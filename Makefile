@@ -10,7 +10,7 @@ RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)
 VLLM_PIP := $(VLLM_VENV)/bin/pip --disable-pip-version-check install --quiet
 VLLM_TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/pytest
 
-.PHONY: demo test test-vllm bench quality style clean
+.PHONY: demo test test-vllm vllm-runner-1 vllm-runner-2 bench quality style clean
 
 demo: $(VENV)/.core
 	$(RUN)/hf-adaptive-decode demo --output demo_output --json demo_output/results.json
@@ -18,9 +18,14 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(RUN)/pytest -n 2 --dist loadfile
 
-# The second time with vLLM's other model runner, whose kernels are interpreted where there is no GPU.
 test-vllm: $(VLLM_VENV)/.installed
+	$(MAKE) --jobs=2 --output-sync=target vllm-runner-1 vllm-runner-2
+
+vllm-runner-1:
 	$(VLLM_TEST) tests/vllm_plugin
+
+# vLLM's other model runner, whose kernels are interpreted where there is no GPU.
+vllm-runner-2:
 	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(VLLM_TEST) tests/vllm_plugin/test_logprobs.py tests/vllm_plugin/test_drafts.py
 
 bench: $(VENV)/.dev $(VLLM_VENV)/.installed

@@ -22,7 +22,7 @@ def may_compare(model: Any) -> bool:
     """Whether the main process can go on alone with a trained model; says so where it cannot."""
     from ..sharding import is_sharded
 
-    if not is_sharded(model.get_output_embeddings()):
+    if not is_sharded(model):
         return is_main()
     print("\nThe base lies in parts over the processes, so nothing is compared here: see `evaluate --help`.")
     return False
