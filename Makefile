@@ -1,4 +1,4 @@
-# make demo, make test, make test-vllm, make quality, make bench: each makes the environment it needs.
+# make demo, make test, make test-vllm, make test-deepspeed, make quality, make bench: each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -10,7 +10,7 @@ RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)
 VLLM_PIP := $(VLLM_VENV)/bin/pip --disable-pip-version-check install --quiet
 VLLM_TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/pytest
 
-.PHONY: demo test test-vllm vllm-runner-1 vllm-runner-2 bench quality style clean
+.PHONY: demo test test-vllm vllm-runner-1 vllm-runner-2 test-deepspeed bench quality style clean
 
 demo: $(VENV)/.core
 	$(RUN)/hf-adaptive-decode demo --output demo_output --json demo_output/results.json
@@ -27,6 +27,20 @@ vllm-runner-1:
 # vLLM's other model runner, whose kernels are interpreted where there is no GPU.
 vllm-runner-2:
 	VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 $(VLLM_TEST) tests/vllm_plugin/test_logprobs.py tests/vllm_plugin/test_drafts.py
+
+# Beside the environment, not in it: what finds DeepSpeed imports it. Of its code in C++, which it compiles as it is
+# needed, processors need one file.
+DEEPSPEED := PYTHONPATH=$(CURDIR)/$(VENV)/deepspeed DS_ACCELERATOR=cpu PATH=$(CURDIR)/$(VENV)/deepspeed/bin:$$PATH
+
+test-deepspeed: $(VENV)/deepspeed/.installed
+	$(DEEPSPEED) $(RUN)/pytest tests/test_processes.py -k "zero2 or zero3"
+
+$(VENV)/deepspeed/.installed: $(VENV)/.dev
+	$(PIP) wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation --no-deps --target $(VENV)/deepspeed deepspeed==0.19.8
+	$(PIP) --target $(VENV)/deepspeed --no-deps hjson msgpack ninja py-cpuinfo einops
+	$(DEEPSPEED) $(RUN)/python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
+	touch $@
 
 bench: $(VENV)/.dev $(VLLM_VENV)/.installed
 	$(BIN)/python benchmarks/run.py

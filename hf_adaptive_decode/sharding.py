@@ -38,7 +38,7 @@ def whole(parameter: nn.Parameter) -> torch.Tensor:
         return found
     if not is_zero_parameter(parameter):
         return parameter.detach().clone()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()

@@ -123,13 +123,12 @@ def _part_small_ones_too() -> None:
 
 
 def _held(model) -> dict:
-    """How many numbers this process has of the base's blocks, of the rest of the base, and of the adapter."""
-    held = {"blocks": 0, "rest": 0, "adapter": 0}
+    """How many numbers this process has of the base, and of the adapter."""
+    held = {"base": 0, "adapter": 0}
     for name, parameter in model.named_parameters():
         part = getattr(parameter, "ds_tensor", parameter)
         part = part.to_local() if hasattr(part, "to_local") else part
-        where = "adapter" if "decoding_adapters" in name else "blocks" if ".layers." in name else "rest"
-        held[where] += part.numel()
+        held["adapter" if "decoding_adapters" in name else "base"] += part.numel()
     return {f"held_{name}": count for name, count in held.items()}
 
 

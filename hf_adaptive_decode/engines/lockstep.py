@@ -29,7 +29,8 @@ class Lockstep:
         self._model, self._device = model, device
         self._inside = self._idle = False
         if model is not None:
-            model.register_forward_pre_hook(self._announce)
+            # Before the hooks that bring a layer's parts together: whoever waits for numbers expects these first.
+            model.register_forward_pre_hook(self._announce, prepend=True)
 
     @contextmanager
     def phase(self) -> Iterator[None]:

@@ -107,10 +107,13 @@ def _shard_by_fsdp(model: PreTrainedModel, plugin: Any, device: torch.device) ->
     how: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
         "offload_policy": plugin.cpu_offload or OffloadPolicy(),
+        # Of the outermost module too, which FSDP2 by itself leaves whole for a backward pass that comes at once. Here
+        # none comes, and it is as large as embeddings are.
+        "reshard_after_forward": plugin.reshard_after_forward,
     }
     named = plugin.transformer_cls_names_to_wrap or model._no_split_modules or []
     for module in [module for module in model.modules() if type(module).__name__ in named]:
-        fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **how)
+        fully_shard(module, **how)
     fully_shard(model, **how)
 
 
