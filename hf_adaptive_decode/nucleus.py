@@ -1,8 +1,9 @@
 """
 Finds the score at which a row's top-k or nucleus ends, without sorting the row; knows scores, not what they are for.
 
-On a processor: a token outside `P` of the mass has a probability below `(1 - P) / V`, so only those above that are
-looked at; their masses are put into buckets by score, and the one bucket in which the mass is reached is sorted. On an
+On a processor: the last token of `P` of the mass has a probability of at least `(1 - P) / V`, so only those above that
+are looked at, and first those far above it; their masses are put into buckets by score, and the one bucket in which the
+mass is reached is sorted. On an
 accelerator, where asking how many there are would make the host wait: a radix search, eight bits of the score a time.
 """
 
@@ -18,6 +19,9 @@ import torch
 _SMALL_VOCABULARY = 512
 # Groups in which tokens are looked at for the k largest; each of these lies in one of the k groups of largest maxima.
 _GROUP = 16
+# So many times the mass below which no token can be the edge: above it lie a fraction of the tokens, and nearly always
+# the nucleus.
+_LIKELY = 16
 # So many candidates are sorted as they are.
 _FEW = 2048
 # A bucket for so many words, but no more buckets than these.
@@ -144,18 +148,21 @@ def _edge_by_buckets(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tenso
     weight, score, part = weights.numpy(), scores.numpy(), mass.double().numpy()
     if floor is not None:
         weight *= score >= floor.numpy()
-    total = weights.sum(-1).double().numpy()  # not 1: that kernel adds up naively, which may be off by 2e-5
+    total = weight.sum(-1).astype(np.float64)  # not 1: that kernel adds up naively, which may be off by 2e-5
     rows, vocabulary = weight.shape
     wanted, is_open = part * total, part < 1
     # A hair below (1 - P) / V of the mass, so that no rounding rules out the edge; above all where there is none.
     low = np.where(is_open, (1 - part) * total / vocabulary * 0.999, np.inf).astype(weight.dtype)
-    high, ahead = np.full_like(low, np.inf), np.zeros(rows)
-    is_candidate = weight >= low[:, None]
-    is_few = np.count_nonzero(is_candidate) <= max(_MANY, _MANY_PART * is_candidate.size)
-    if not is_few:
-        low, high, ahead = _bracket(weight, part, total, low)
-        is_candidate = (weight >= low[:, None]) & (weight < high[:, None])
-    found = _places(is_candidate)
+    ahead, is_few = np.zeros(rows), True
+    found, holds = _likely(weight, _LIKELY * low, wanted)
+    if not (holds | ~is_open).all():
+        low, high = np.where(holds, _LIKELY * low, low), np.full_like(low, np.inf)
+        is_candidate = weight >= low[:, None]
+        is_few = bool(np.count_nonzero(is_candidate) <= max(_MANY, _MANY_PART * is_candidate.size))
+        if not is_few:
+            low, high, ahead = _bracket(weight, part, total, low)
+            is_candidate = (weight >= low[:, None]) & (weight < high[:, None])
+        found = np.flatnonzero(is_candidate)
     counts = np.diff(np.searchsorted(found, np.arange(rows + 1) * vocabulary))
     row = np.repeat(np.arange(rows), counts)
     mine, its_score = weight.ravel()[found].astype(np.float64), score.ravel()[found]
@@ -172,14 +179,14 @@ def _edge_by_buckets(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tenso
     return Edge(torch.from_numpy(edge)[:, None], torch.from_numpy(count), torch.from_numpy(more), among)
 
 
-def _places(mask: np.ndarray) -> np.ndarray:
-    """`np.flatnonzero` of a mask that holds few, which goes over eight of them at once."""
-    flat = mask.reshape(-1)
-    if flat.size % 8:
-        return np.flatnonzero(flat)
-    near = (np.flatnonzero(flat.view(np.uint64))[:, None] * 8 + np.arange(8)).reshape(-1)
-    found: np.ndarray = near[flat[near]]
-    return found
+def _likely(weight: np.ndarray, floor: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of weights from `floor` `[R]` on, and whether these hold a row's nucleus for certain, `[R]`."""
+    found = np.flatnonzero(weight >= floor[:, None])
+    row, mine = found // weight.shape[1], weight.ravel()[found]
+    # Without those at the floor itself: tokens of equal score may lie on both sides of it, by the rounding of a weight.
+    mine[mine < floor[row] * 1.0001] = 0.0
+    reached = np.bincount(row, weights=mine, minlength=len(weight))
+    return found, (reached >= wanted) & (reached > 0)
 
 
 class _Buckets:

@@ -59,6 +59,9 @@ def warp_logits(
     may_overwrite = (inplace or scores is not logits) and scores.is_contiguous()
     warped = scores if may_overwrite else torch.empty_like(scores, memory_format=torch.contiguous_format)
     rows = rows_at_once(scores)
+    if rows >= scores.shape[0]:
+        _warp_into(warped, scores, parameters, maxima)
+        return warped
     for start in range(0, scores.shape[0], rows):
         part = slice(start, start + rows)
         _warp_into(warped[part], scores[part], parameters.select(part), None if maxima is None else maxima[part])
@@ -171,14 +174,22 @@ def _drop_ties(scores: torch.Tensor, edge: Edge) -> None:
         is_surplus = up_to_here[:, -1:] - up_to_here >= edge.count[:, None]
         scores.masked_fill_(tied & is_surplus & edge.more[:, None], _NEVER)
         return
-    at = np.flatnonzero(edge.more.numpy())
-    if len(at):
-        values, vocabulary = scores.numpy(), scores.shape[-1]
-        equal = np.flatnonzero(values[at] == edge.score.numpy()[at])
-        place = equal // vocabulary
-        ends = np.searchsorted(place, np.arange(len(at)), side="right")
-        surplus = ends[place] - np.arange(len(equal)) > edge.count.numpy()[at][place]
-        values[at[place[surplus]], equal[surplus] % vocabulary] = _NEVER
+    more = edge.more.numpy()
+    if not more.any():
+        return
+    values, score, vocabulary = scores.numpy(), edge.score.numpy()[:, 0], scores.shape[-1]
+    if edge.among is None:
+        at = np.flatnonzero(more)
+        row, word = np.nonzero(values[at] == score[at, None])
+        place = at[row] * vocabulary + word
+    else:
+        place = edge.among
+    row = place // vocabulary
+    is_tied = more[row] & (values.reshape(-1)[place] == score[row])
+    place, row = place[is_tied], row[is_tied]
+    ends = np.searchsorted(row, np.arange(len(more)), side="right")
+    is_surplus = ends[row] - np.arange(len(row)) > edge.count.numpy()[row]
+    values.reshape(-1)[place[is_surplus]] = _NEVER
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,7 @@ class _Greedy:
     def among(cls, logits: torch.Tensor, temperature: torch.Tensor) -> _Greedy | None:
         """`None` if there are none; not asked of an accelerator."""
         where = (temperature <= 0).expand(len(logits), 1)
-        if where.device.type == HOST and not bool(where.any()):
+        if where.device.type == HOST and not where.numpy().any():
             return None
         best = logits.argmax(-1, keepdim=True)
         return cls(where, best, logits.gather(-1, best))

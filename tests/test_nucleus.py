@@ -195,7 +195,9 @@ POLICIES = {
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_step_never_waits_for_an_accelerator(name, monkeypatch):
     """A meta tensor has no values, so that reading one, which is what a host waits for, raises."""
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # which knows no meta device
+    # Autocast knows no meta device.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     policy = build_policy(AutoDecoConfig(**POLICIES[name], hidden_size=16)).eval().to("meta")
     hidden, logits = torch.empty(4, 16, device="meta"), torch.empty(4, 5000, device="meta")
     remaining, samples = (torch.empty(4, dtype=torch.long, device="meta") for _ in range(2))
