@@ -16,30 +16,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from greedy_adapter import PROMPT, save_greedy_adapter
 
-from hf_adaptive_decode import AutoDecoConfig, AutoDecoForCausalLM
 from hf_adaptive_decode.testbed import load_base_model, load_tokenizer
 
 for needed in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(needed)
 
 REPOSITORY = Path(__file__).parent.parent
-CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"
-PROMPT = "coin 4 7 47 - 11 =>"
 NEW_TOKENS = 24
 SEEDS = range(8)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An adapter that is always greedy, which sampling at any temperature above 0 is not."""
-    folder = tmp_path_factory.mktemp("served")
-    greedy = AutoDecoConfig(policy="static", actions=[{"temperature": 0.0}])
-    AutoDecoForCausalLM.from_base(load_base_model(), greedy).save_pretrained(folder)
-    tokenizer = load_tokenizer()
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_greedy_adapter(tmp_path_factory.mktemp("served"))
 
 
 @contextlib.contextmanager

@@ -7,14 +7,14 @@ import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..budget import MAX_BUDGET
 from ..configuration import AutoDecoConfig
 from ..errors import AdapterLoadError
-from ..hub.store import load_into, locate, read_policy
+from ..hub.store import check_shape, load_into, locate, read_policy
 from ..nucleus import row_maxima
 from ..policies import DecodingPolicy
 from ..policies.action_policy import ActionPolicy
@@ -220,10 +220,8 @@ class ServedAdapter:
         """
         files = locate(path)
         config = files.read_config()
-        for name in ("hidden_size", "vocab_size"):
-            found, wanted = vars(config)[name], vars(self.policy.config)[name]
-            if found != wanted:
-                raise AdapterLoadError(f"the adapter {path!r} was made for {name} {found}, and the base has {wanted}.")
+        own = self.policy.config
+        check_shape(config, cast(int, own.hidden_size), cast(int, own.vocab_size), path, "the engine's base")
         self.policy = read_served(path, config, files, self._device)
         self.source = path
 

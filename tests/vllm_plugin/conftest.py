@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 if HAS_VLLM:
     # Before vLLM is imported, which reads them then. Not without it: other tests compile.
@@ -50,3 +52,17 @@ if HAS_VLLM and os.environ.get("TRITON_INTERPRET") == "1":
     let_triton_interpret()
 
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
+
+
+@pytest.fixture(scope="module")
+def base():
+    from hf_adaptive_decode.testbed import load_base_model  # torch reads the settings above as it is imported
+
+    return load_base_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from hf_adaptive_decode.testbed import load_tokenizer
+
+    return load_tokenizer()

@@ -35,16 +35,6 @@ BUDGETS = [24, 7, 16, 24, 3, 12]
 
 
 @pytest.fixture(scope="module")
-def base():
-    return load_base_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
-
-
-@pytest.fixture(scope="module")
 def engine(base, tokenizer):
     with build_engine("vllm", base, tokenizer) as built:
         yield built

@@ -11,7 +11,7 @@ from hf_adaptive_decode.engines.by_name import build_engine
 from hf_adaptive_decode.engines.rollout import decode
 from hf_adaptive_decode.engines.transformers import complete
 from hf_adaptive_decode.errors import BudgetError, UnsupportedGenerationError
-from hf_adaptive_decode.testbed import BASE_MODEL_PATH, load_base_model, load_tokenizer
+from hf_adaptive_decode.testbed import BASE_MODEL_PATH
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +20,6 @@ def url(tmp_path_factory):
     options = ["--no-enable-chunked-prefill", "--max-num-seqs", "32", "--max-model-len", "256"]
     with running_server(BASE_MODEL_PATH, log, *options) as (address, _):
         yield address
-
-
-@pytest.fixture(scope="module")
-def base():
-    return load_base_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
 
 
 def test_static_settings_and_a_sequence_policy_are_run_by_a_server(url, base, tokenizer):
