@@ -23,10 +23,10 @@ def readme_table(found: Mapping[str, Result]) -> str:
     """The table of the README, without what was not measured."""
     rows: list[list[str]] = []
 
-    def add(what: str, script: str, ratio: str, **wanted: Any) -> None:
+    def add(what: str, script: str, ratio: str, digits: int = 2, **wanted: Any) -> None:
         peaked, flat = (find(found, script, ratio, **wanted, logits=logits) for logits in ("peaked", "flat"))
         peaked = peaked or find(found, script, ratio, **wanted)
-        rows.extend([[what, shown(peaked), shown(flat)]] if peaked else [])
+        rows.extend([[what, shown(peaked, digits), shown(flat, digits)]] if peaked else [])
 
     for kind in ("top-p", "T + top-p"):
         add(f"{kind} of 8 rows: transformers / ours, time", "warping", "transformers / ours",
@@ -37,17 +37,18 @@ def readme_table(found: Mapping[str, Result]) -> str:
     add("training step / frozen forward alone, 0.6B shape", "training_step", "step / frozen forward", part="c")
     cells = found.get("decoding", {}).get("cells", ())
     longest = max((c["prompt"] for c in cells if (c["shape"], c["batch"]) == ("0.6B", 1)), default=0)
-    for batch, prompt in ((1, 64), (8, 64), (32, 64), (1, longest)):
+    for batch, prompt in ((1, 64), (32, 64), (1, 1024), (8, 1024), (32, 1024), (1, longest)):
         for name in ("plain sampling", "static T + top-p"):
             what = f"decoding, 0.6B shape, batch {batch}, prompt {prompt:,}: adaptive / {name}, time a token"
-            add(what, "decoding", f"adaptive / {name}{SAME_FORWARD}", shape="0.6B", batch=batch, prompt=prompt)
+            place = {"shape": "0.6B", "batch": batch, "prompt": prompt}
+            add(what, "decoding", f"adaptive / {name}{SAME_FORWARD}", digits=3, **place)
     for row in found.get("rollout", {}).get("results", ()):
         for ratio, what in README_ROLLOUTS.items():
             if ratio in row:
                 until = "rows of equal length" if row["part"] == "a" else "rows"
                 rows.append([f"rollout, {row['model']}, {row['rows']} {until}: {what}", shown(row[ratio]), ""])
     cached = found.get("epoch_cache", {}).get("ratios", {})
-    rows += [[f"training step with cached states, {name}", shown(value), ""] for name, value in cached.items()]
+    rows += [[f"training step with cached states, {name}", shown(value, 3), ""] for name, value in cached.items()]
     for cell in found.get("serving", {}).get("cells", ()):
         for name, value in cell["ratios"].items():
             who, _, stock = name.partition(" / ")

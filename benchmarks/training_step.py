@@ -8,7 +8,8 @@ What the decoding loss of a training step costs, in time and in memory, and how 
 (b) memory that each adds: the peak above what was there just before, each in a process of its own.
 (c) a training step with a frozen body of Qwen3 0.6B's shape against that model's forward pass alone, on
     `--step-tokens` tokens: both are linear in them.
-(d) the library's loss over the number of tokens and over the vocabulary: time, and added memory as in (b).
+(d) the library's loss over the number of tokens and over the vocabulary: time, and added memory as in (b), the latter
+    from 512 tokens on.
 
 The two sides of a ratio take turns, round by round, so that a slow minute hits both. Weights are random; see
 `realistic_scales` for what that means for the logits.
@@ -48,6 +49,8 @@ from hf_adaptive_decode import AutoDecoConfig, DecodeState
 from hf_adaptive_decode.losses import DecodingLossConfig, chunked_decoding_loss
 from hf_adaptive_decode.policies import HeadsPolicy
 
+# Fewer tokens do not fill the blocks that are worked on, whose memory is what the loss adds.
+FILLED = 512
 # What (a) and (b) compare is the loss of every position, so that both sides do the same work.
 EVERY_POSITION = DecodingLossConfig(dft_weight="off", easy_token_mask_ratio=0.0)
 TARGETS = [
@@ -273,6 +276,9 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
         points = found[over]
         amounts = [point[over] for point in points]
         found["ratios"][f"seconds over {over}"] = spread([log_slope(amounts, [p["seconds"]["median"] for p in points])])
+        filled = [point for point in points if point["tokens"] >= FILLED]
+        points = filled if len(filled) > 1 else points
+        amounts = [point[over] for point in points]
         found["ratios"][f"bytes over {over}"] = spread([log_slope(amounts, [max(p["bytes"], 1) for p in points])])
     return found
 

@@ -20,6 +20,8 @@ MAX_TEMPERATURE = 1e6
 _OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0}
 _NEVER = -float("inf")
 _MAX_TOP_K = 1 << 31
+# Fresh memory for more numbers than these is worth waking a processor's other threads, which share its page faults.
+_MUCH = 1 << 18
 
 
 @torch.no_grad()
@@ -135,10 +137,15 @@ def _column(value: Field, like: torch.Tensor) -> torch.Tensor:
 
 
 def _divide(logits: torch.Tensor, divisor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    if logits.device.type != HOST:
+    if logits.device.type != HOST or _is_fresh(out, logits):
         return torch.div(logits, divisor, out=out)
-    np.divide(logits.numpy(), divisor.numpy(), out=out.numpy())  # no thread has to be woken for so little
+    np.divide(logits.numpy(), divisor.numpy(), out=out.numpy())
     return out
+
+
+def _is_fresh(out: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether `out` is large and not the memory of `source`, so that it may be the first time that it is written."""
+    return out.numel() > _MUCH and out.data_ptr() != source.data_ptr()
 
 
 def _keep_above(warped: torch.Tensor, scores: torch.Tensor, floor: torch.Tensor, among: np.ndarray | None) -> None:
@@ -162,7 +169,10 @@ def _keep_above(warped: torch.Tensor, scores: torch.Tensor, floor: torch.Tensor,
         its_floor = floor.expand(len(scores), 1).numpy()[among // scores.shape[-1], 0]
         kept = among[values.reshape(-1)[among] >= its_floor]
     own = values.reshape(-1)[kept]
-    found.fill(_NEVER)
+    if _is_fresh(warped, scores):
+        warped.fill_(_NEVER)
+    else:
+        found.fill(_NEVER)
     found.reshape(-1)[kept] = own
 
 

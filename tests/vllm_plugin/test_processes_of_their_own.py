@@ -1,4 +1,4 @@
-"""Engines in processes of their own: started with an adapter's Hub id, and as the README starts one."""
+"""Engines in processes of their own: with an adapter's Hub id, as the README starts one, and in the benchmark."""
 
 from __future__ import annotations
 
@@ -62,3 +62,15 @@ def test_the_python_of_the_readme_runs(tmp_path):
     done = subprocess.run(command, env=mine, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1].strip()
+
+
+def test_the_benchmark_runs(tmp_path):
+    folder = Path(__file__).parents[2] / "benchmarks"
+    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import run; print(json.dumps(run.QUICK['serving']))"
+    asked = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    command = [sys.executable, str(folder / "serving.py"), "--json", str(tmp_path / "serving.json")]
+    done = subprocess.run([*command, *json.loads(asked.stdout)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "serving.json").read_text())
+    (cell,) = found["cells"]
+    assert {target["ratio"] for target in found["targets"]} <= cell["ratios"].keys()
