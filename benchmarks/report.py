@@ -88,19 +88,29 @@ def machine(found: Results) -> str:
     about = {name: result["about"] for name, result in found.items() if "seed" in result.get("about", {})}
     if not about:
         return "No part has been measured yet."
-    one = next(iter(about.values()))
-    device = "" if one["device"] == one["processor"] else f"{one['device']}; "
-    versions = ", ".join(f"{name} {one[name]}" for name in ("python", "torch", "transformers", "numpy"))
-    lines = [
-        f"- Machine: {device}{one['processor']}, {one['cores']} cores, {one['memory_gib']} GiB; {one['platform']}."
-    ]
-    lines.append(f"- Versions: {versions}.")
+    lines = []
+    for what, describe in (("Machine", _machine_of), ("Versions", _versions_of)):
+        parts: dict[str, list[str]] = {}
+        for name, one in about.items():
+            parts.setdefault(describe(one), []).append(name)
+        for text, names in parts.items():
+            of_which = "" if len(parts) == 1 else f" ({', '.join(names)})"
+            lines.append(f"- {what}{of_which}: {text}.")
     rest = [
         f"{name} {a['threads']} threads, seed {a['seed']}, load {a['load_average_at_start']}"
         for name, a in about.items()
     ]
     lines.append(f"- Threads, seed and load average at the start: {'; '.join(rest)}.")
     return "\n".join(lines)
+
+
+def _machine_of(about: Mapping[str, Any]) -> str:
+    device = "" if about["device"] == about["processor"] else f"{about['device']}; "
+    return f"{device}{about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB; {about['platform']}"
+
+
+def _versions_of(about: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {about[name]}" for name in ("python", "torch", "transformers", "numpy"))
 
 
 def matches(cell: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> bool:
