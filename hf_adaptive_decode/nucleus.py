@@ -130,16 +130,24 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self._held: dict[torch.dtype, torch.Tensor] = {}
 
-    def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As large as `tensor`, until the thread asks again."""
-        held = self._held.get(tensor.dtype)
+    def like(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """As large as `tensor` and of its type or another, until the thread asks for one of that type again."""
+        dtype = dtype or tensor.dtype
+        held = self._held.get(dtype)
         if held is None or held.numel() < tensor.numel():
             with torch.inference_mode(False):  # what is made in that mode could not be used outside of it
-                held = self._held[tensor.dtype] = torch.empty(tensor.numel(), dtype=tensor.dtype)
+                held = self._held[dtype] = torch.empty(tensor.numel(), dtype=dtype)
         return held[: tensor.numel()].view(tensor.shape)
 
 
 _SCRATCH = _Scratch()
+
+
+def at_least(scores: torch.Tensor, floor: np.ndarray) -> np.ndarray:
+    """Where `scores` `[N, V]` on a processor reach `floor` `[N, 1]`, until the thread asks again."""
+    is_kept: np.ndarray = _SCRATCH.like(scores, torch.bool).numpy()
+    np.greater_equal(scores.numpy(), floor, out=is_kept)
+    return is_kept
 
 
 def _edge_by_buckets(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tensor, floor: torch.Tensor | None) -> Edge:
@@ -154,14 +162,14 @@ def _edge_by_buckets(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tenso
     # A hair below (1 - P) / V of the mass, so that no rounding rules out the edge; above all where there is none.
     low = np.where(is_open, (1 - part) * total / vocabulary * 0.999, np.inf).astype(weight.dtype)
     ahead, is_few = np.zeros(rows), True
-    found, holds = _likely(weight, _LIKELY * low, wanted)
+    found, holds = _likely(weights, _LIKELY * low, wanted)
     if not (holds | ~is_open).all():
         low, high = np.where(holds, _LIKELY * low, low), np.full_like(low, np.inf)
-        is_candidate = weight >= low[:, None]
+        is_candidate = at_least(weights, low[:, None])
         is_few = bool(np.count_nonzero(is_candidate) <= max(_MANY, _MANY_PART * is_candidate.size))
         if not is_few:
             low, high, ahead = _bracket(weight, part, total, low)
-            is_candidate = (weight >= low[:, None]) & (weight < high[:, None])
+            is_candidate = at_least(weights, low[:, None]) & (weight < high[:, None])
         found = np.flatnonzero(is_candidate)
     counts = np.diff(np.searchsorted(found, np.arange(rows + 1) * vocabulary))
     row = np.repeat(np.arange(rows), counts)
@@ -179,9 +187,10 @@ def _edge_by_buckets(scores: torch.Tensor, peak: torch.Tensor, mass: torch.Tenso
     return Edge(torch.from_numpy(edge)[:, None], torch.from_numpy(count), torch.from_numpy(more), among)
 
 
-def _likely(weight: np.ndarray, floor: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _likely(weights: torch.Tensor, floor: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places of weights from `floor` `[R]` on, and whether these hold a row's nucleus for certain, `[R]`."""
-    found = np.flatnonzero(weight >= floor[:, None])
+    weight = weights.numpy()
+    found = np.flatnonzero(at_least(weights, floor[:, None]))
     row, mine = found // weight.shape[1], weight.ravel()[found]
     # Without those at the floor itself: tokens of equal score may lie on both sides of it, by the rounding of a weight.
     mine[mine < floor[row] * 1.0001] = 0.0

@@ -10,7 +10,7 @@ import torch
 
 from .blocks import rows_at_once
 from .errors import SamplingParameterError
-from .nucleus import HOST, Edge, kth_largest, nucleus_edge, row_maxima
+from .nucleus import HOST, Edge, at_least, kth_largest, nucleus_edge, row_maxima
 from .types import Field, SamplingParameters
 
 # Below this a temperature is as good as greedy (a gap of 1e-4 becomes e^-100) and dividing by it could overflow.
@@ -159,7 +159,7 @@ def _keep_above(warped: torch.Tensor, scores: torch.Tensor, floor: torch.Tensor,
     # Few are kept, as a rule. numpy finds them, and leaves out others, several times faster than torch does here.
     values, found = scores.numpy(), warped.numpy()
     if among is None:
-        is_kept = values >= floor.numpy()
+        is_kept = at_least(scores, floor.numpy())
         if np.count_nonzero(is_kept) > is_kept.size // 8:
             warped.copy_(scores)
             np.copyto(found, _NEVER, where=~is_kept)
