@@ -24,7 +24,7 @@ from test_rollout import (
 )
 
 from hf_adaptive_decode.engines.rollout import decode, decode_finished
-from hf_adaptive_decode.engines.transformers import complete_batches
+from hf_adaptive_decode.engines.transformers import TransformersEngine
 from hf_adaptive_decode.errors import LogitsError
 from hf_adaptive_decode.randomness import row_key, row_uniforms
 from hf_adaptive_decode.testbed import build_problems, load_base_model, load_tokenizer
@@ -290,11 +290,12 @@ def test_completions_come_as_they_end():
     wanted = [(index, sample) for index in range(6) for sample in range(4)]
     budgets = [40, 2, 3, 40, 2, 4]
     how = {"token_budget": budgets, "parallel_budget": 4}
-    parts = list(complete_batches(model, tokenizer, prompts, wanted, batch_rows=5, **how))
+    engine = TransformersEngine(model, tokenizer, batch_rows=5)
+    parts = list(engine.complete_batches(prompts, wanted, **how))
     assert len(parts) > 5
     found = [(index, sample) for part in parts for index, sample, _ in part]
     assert sorted(found) == wanted
-    assert list(complete_batches(model, tokenizer, prompts, [], **how)) == []
+    assert list(engine.complete_batches(prompts, [], **how)) == []
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
