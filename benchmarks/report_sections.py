@@ -310,7 +310,11 @@ def serving(found: Result) -> str:
     ]
     if not rows:
         return ""
-    about = f"vLLM {found['about']['vllm']}, vocabulary 151,936; layers of the 0.6B's shape, seconds of the processor."
+    settings = found["settings"]
+    about = (
+        f"vLLM {found['about']['vllm']}, vocabulary {settings['vocab']:,}; layers of the {settings['shape']}'s shape, "
+        "seconds of the processor."
+    )
     return f"{about}\n\n{table(['batch', 'layers', 'requests', 'tokens a second', 'of stock with top-p'], rows)}"
 
 

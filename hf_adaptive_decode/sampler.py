@@ -63,7 +63,6 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         self._explicit = explicit or {}
         self._token_budget = token_budget
         self._parallel_samples = parallel_samples
-        self._samples: torch.Tensor | None = None
         self._record = record
         self._read_prompt_mean = read_prompt_mean
         self._may_overwrite = may_overwrite
@@ -150,13 +149,13 @@ class AdaptiveSamplerLogitsProcessor(LogitsProcessor):
         self._checks.finish()
 
     def _budgets(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        remaining = None
+        remaining = samples = None
         if self._token_budget is not None:
             self._token_budget = self._token_budget.to(scores.device)
-            remaining = (self._token_budget.expand(scores.shape[0]) - self.step).clamp_(min=0)
-        if self._parallel_samples is not None and (self._samples is None or len(self._samples) != scores.shape[0]):
-            self._samples = torch.full(scores.shape[:1], self._parallel_samples, device=scores.device)
-        return remaining, self._samples
+            remaining = (self._token_budget.expand(scores.shape[0]) - self.step).clamp(min=0)
+        if self._parallel_samples is not None:
+            samples = torch.full(scores.shape[:1], self._parallel_samples, device=scores.device)
+        return remaining, samples
 
     def _check_passes(self, input_ids: torch.Tensor) -> None:
         """On an unwrapped model, where the hook is all there is: whose forward pass was heard last?"""

@@ -61,7 +61,7 @@ def warp_logits(
     may_overwrite = (inplace or scores is not logits) and scores.is_contiguous()
     warped = scores if may_overwrite else torch.empty_like(scores, memory_format=torch.contiguous_format)
     rows = rows_at_once(scores)
-    if rows >= scores.shape[0]:
+    if rows >= scores.shape[0]:  # as in most steps of decoding, where to pick parts of everything would take a share
         _warp_into(warped, scores, parameters, maxima)
         return warped
     for start in range(0, scores.shape[0], rows):

@@ -132,7 +132,7 @@ def generated_by_hand(model, prompt: torch.Tensor, steps: int) -> tuple[torch.Te
     return ids, torch.stack(temperatures, dim=1)
 
 
-def assert_generates_as_by_hand(model, tolerance: float) -> None:
+def assert_generates_as_by_hand(model, tolerance: float, spread: float = 0.05) -> None:
     for prompt in tiny.prompts(3, 6):
         expected, temperatures = generated_by_hand(model, prompt, 8)
         # Without a cache, so that the same numbers are added up in the same order.
@@ -140,7 +140,7 @@ def assert_generates_as_by_hand(model, tolerance: float) -> None:
         found = tiny.sample(model, prompt[None], **HOW, **traced)
         assert torch.equal(found.sequences, expected)
         torch.testing.assert_close(found.decoding_trace.temperature, temperatures, atol=tolerance, rtol=0)
-        assert temperatures.std() > 0.02
+        assert temperatures.std() > spread
 
 
 def with_random_heads(base, reference):
@@ -170,7 +170,7 @@ def test_half_precision_bases_are_decoded_and_trained_by_heads_in_fp32(family, d
     # Not the same tokens: where in memory the weights lie may decide how a half-precision product rounds.
     loaded = again.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
-    assert_generates_as_by_hand(again, tolerance=1e-5)
+    assert_generates_as_by_hand(again, tolerance=1e-5, spread=0.02)  # trained, they spread less
 
 
 # --- quantised bases --------------------------------------------------------------------------------------------------

@@ -60,8 +60,6 @@ class DecodingPolicy(nn.Module, ABC):
         own = next(chain(self.parameters(), self.buffers()), None)
         if own is None or own.is_meta:
             return state
-        if all(part is None or part.device == own.device for part in vars(state).values()):
-            return state
         return (state if self.needs_logits else replace(state, logits=None)).to(own.device)
 
     @abstractmethod
